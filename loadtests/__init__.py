@@ -1,0 +1,1 @@
+"""Load tests: locust and wrk drivers. They speak HTTP only."""

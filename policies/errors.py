@@ -1,0 +1,189 @@
+"""The whole error tree, with the problem `code` and HTTP status on each class.
+
+    SurefootError
+    ├── RequestError                 what the caller sent cannot be used; sending it again will not help
+    │   ├── BadJson          400     the body is not JSON
+    │   ├── InvalidField     422     a field has the wrong type, shape or value
+    │   │   ├── UnknownField 422     a field or feature that does not exist
+    │   │   ├── MissingField 422     a field or feature that must be there
+    │   │   ├── NotFinite    422     NaN, Infinity, or a number that the observation's dtype cannot hold
+    │   │   └── UnknownAction 422    an action outside the action space
+    │   ├── UnknownPolicy    404
+    │   ├── UnknownDecision  404     the id was never issued here: malformed, forged, or of another deployment
+    │   ├── DecisionExpired  404     the id was issued, its record is gone
+    │   ├── RewardConflict   409     another reward stands under the same (decision_id, reward_id)
+    │   ├── NoSafeAction     409     nothing is allowed and the policy declares `fallback: none`
+    │   ├── KeyReused        422     an Idempotency-Key came back with another body
+    │   ├── BodyTooLarge     413
+    │   ├── BodyTooSlow      408
+    │   └── WrongMethod      405
+    ├── Unavailable          503     nothing was kept; the same request may succeed later (Retry-After)
+    │   ├── LedgerFull       503     the bounded buffer is full
+    │   ├── LedgerBroken     503     the spool cannot be written
+    │   ├── StoreAway        503     Redis does not answer, and the question cannot be answered without it
+    │   └── NotReady         503     keys or policies are not loaded yet
+    ├── BundleError          422     a policy bundle that is refused; `check` names the check that refused it
+    └── ConfigError          500     a setting or a file of the deployment is wrong; the service does not start
+
+Foreign errors are translated in the file that imports the foreign library. One handler, in `service/api.py`,
+turns this tree into `application/problem+json`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SurefootError(Exception):
+    """Root of the tree. `field` points at what is wrong, as a path: `state.cpu`, `rewards[3].reward`."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Something went wrong inside the service"
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, detail: str, field: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.field = field
+
+    def within(self, prefix: str) -> SurefootError:
+        """Give the same error with its field below `prefix`, for an element of a batch."""
+        joint = "" if (self.field or "[").startswith("[") else "."
+        return type(self)(self.detail, f"{prefix}{joint}{self.field or ''}")
+
+
+class RequestError(SurefootError):
+    code = "bad_request"
+    status = 400
+    title = "The request cannot be used"
+
+
+class BadJson(RequestError):
+    code = "bad_json"
+    title = "The body is not valid JSON"
+
+
+class InvalidField(RequestError):
+    code = "invalid_field"
+    status = 422
+    title = "A field has the wrong type, shape or value"
+
+
+class UnknownField(InvalidField):
+    code = "unknown_field"
+    title = "A field that does not exist"
+
+
+class MissingField(InvalidField):
+    code = "missing_field"
+    title = "A required field is missing"
+
+
+class NotFinite(InvalidField):
+    code = "not_finite"
+    title = "A number is not finite"
+
+
+class UnknownAction(InvalidField):
+    code = "unknown_action"
+    title = "An action outside the action space"
+
+
+class UnknownPolicy(RequestError):
+    code = "unknown_policy"
+    status = 404
+    title = "No such policy"
+
+
+class UnknownDecision(RequestError):
+    code = "unknown_decision"
+    status = 404
+    title = "No such decision"
+
+
+class DecisionExpired(RequestError):
+    code = "decision_expired"
+    status = 404
+    title = "The decision's record has expired"
+
+
+class RewardConflict(RequestError):
+    code = "reward_conflict"
+    status = 409
+    title = "Another reward stands under this id"
+
+
+class NoSafeAction(RequestError):
+    code = "no_safe_action"
+    status = 409
+    title = "No action is allowed and the policy declares no fallback"
+
+
+class KeyReused(RequestError):
+    code = "idempotency_key_reused"
+    status = 422
+    title = "The Idempotency-Key was used with another body"
+
+
+class BodyTooLarge(RequestError):
+    code = "body_too_large"
+    status = 413
+    title = "The body is larger than the limit"
+
+
+class BodyTooSlow(RequestError):
+    code = "body_too_slow"
+    status = 408
+    title = "The body did not arrive in time"
+
+
+class WrongMethod(RequestError):
+    code = "method_not_allowed"
+    status = 405
+    title = "The method is not allowed here"
+
+
+class Unavailable(SurefootError):
+    code = "unavailable"
+    status = 503
+    title = "The service cannot do this now"
+    retry_after_s = 1
+
+
+class LedgerFull(Unavailable):
+    code = "ledger_full"
+    title = "The ledger's buffer is full"
+
+
+class LedgerBroken(Unavailable):
+    code = "ledger_broken"
+    title = "The ledger cannot be written"
+    retry_after_s = 5
+
+
+class StoreAway(Unavailable):
+    code = "store_away"
+    title = "Redis does not answer"
+
+
+class NotReady(Unavailable):
+    code = "not_ready"
+    title = "The service is still starting"
+
+
+class BundleError(SurefootError):
+    """A bundle that is refused. `check` names the check: `digest`, `operators`, `golden`, …"""
+
+    code = "bundle_refused"
+    status = 422
+    title = "The policy bundle is refused"
+
+    def __init__(self, detail: str, field: str | None = None, check: str = "manifest") -> None:
+        super().__init__(detail, field)
+        self.check = check
+
+
+class ConfigError(SurefootError):
+    code = "config"
+    title = "The configuration is wrong"

@@ -1,0 +1,1 @@
+"""Safety: what may be executed. Total functions that never raise on data."""

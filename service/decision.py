@@ -1,0 +1,132 @@
+"""What is kept of a decision and of a reward: the event structs, their codec and schema version. Pure.
+
+Duty: one place that says, byte for byte, what travels from `/act` and `/reward` through the spool to the join in
+Redis and on to trainers. It knows nothing of SQLite, Redis or HTTP.
+Strategy: an event is a msgpack array whose head is what the join script reads (`service/join.lua` unpacks it by
+position), and whose last element, `record`, is a msgpack map that the join carries along unread. Arrays travel as raw
+little-endian bytes.
+Promise: a reader of this schema version reads all later minor additions (new record fields have defaults).
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class RewardFlags(IntFlag):
+    """Bits of `RewardEvent.flags`; `service/join.lua` tests the same bits."""
+
+    NONE = 0
+    TERMINATED = 1
+    TRUNCATED = 2
+    FINAL = 4
+    NOT_EXECUTED = 8
+
+
+class DecisionEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One decision on its way to the join."""
+
+    id: str
+    episode: str  # "" when the caller named none
+    step: int  # -1 when the caller named none
+    due_ms: int  # event time at which the reward window closes
+    at_ms: int  # event time of the decision
+    action: int
+    state: bytes  # the observation, little-endian, dtype and shape in `record`
+    mask: bytes  # one byte per action, 1 allowed
+    record: bytes  # msgpack of `Record`
+    kind: str = "D"
+
+
+class RewardEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One accepted reward on its way to the join."""
+
+    id: str  # the decision's
+    reward_id: str  # "" when the caller named none
+    digest: str  # of the canonical body: the same (id, reward_id) with another digest conflicts
+    at_ms: int  # event time at which it was accepted: late or not is judged by this
+    until_ms: int  # how long it waits for a decision that has not been shipped yet
+    flags: int
+    executed_action: int  # -1 when the caller named none
+    next_state: bytes  # b"" when the caller sent none
+    reward: str  # repr of the float, so that no reader rounds it
+    record: bytes  # msgpack of `RewardRecord`
+    kind: str = "R"
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """All that is known about one decision besides the head of its event.
+
+    `outputs`, `target` and `behaviour` are little-endian float64 arrays with one element per action, except that
+    `outputs` has the dtype that the network returned (`outputs_dtype`).
+    """
+
+    policy: str
+    assigned_version: str
+    version: str  # the one that decided
+    digest: str  # content digest of `version`
+    role: str
+    generation: int
+    dtype: str  # of the observation, numpy notation: "<f4"
+    shape: tuple[int, ...]
+    head: str
+    outputs_dtype: str
+    outputs: bytes  # what the network returned for this state
+    target: bytes  # the version's distribution, before mask and exploration
+    behaviour: bytes  # what the action was drawn from
+    epsilon: float  # in force for this row
+    explored: bool
+    proposed: int  # what the version would have done without a mask
+    action_name: str
+    propensity: float | None
+    key_id: int  # whose draw key made the draw
+    logits_temperature: float = 1.0
+    propensity_kind: str = "mass"
+    propensity_reason: str | None = None
+    overridden: bool = False
+    rules: tuple[str, ...] = ()
+    masked_mass: float = 0.0
+    fallback: str | None = None  # the reason, when the fallback answered
+    fallback_action: int = -1  # what the fallback was, declared or not used
+    weight: float = 1.0  # routing weight at the pin
+    switched: bool = False
+    key: str | None = None
+    context: dict[str, object] | None = None
+    traceparent: str | None = None
+    v: int = SCHEMA_VERSION
+
+
+class RewardRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a reward brought along besides the head of its event."""
+
+    metrics: dict[str, float] | None = None
+    traceparent: str | None = None
+    v: int = SCHEMA_VERSION
+
+
+Event = DecisionEvent | RewardEvent
+
+_encoder = msgspec.msgpack.Encoder()
+_record = msgspec.msgpack.Decoder(Record)
+_reward_record = msgspec.msgpack.Decoder(RewardRecord)
+
+
+def encode_events(events: list[Event]) -> bytes:
+    """Encode events that were recorded together as one blob: a spool row, and one argument of the join script."""
+    return _encoder.encode(events)
+
+
+def encode_record(record: Record | RewardRecord) -> bytes:
+    return _encoder.encode(record)
+
+
+def decode_record(raw: bytes) -> Record:
+    return _record.decode(raw)
+
+
+def decode_reward_record(raw: bytes) -> RewardRecord:
+    return _reward_record.decode(raw)
