@@ -84,7 +84,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     action_name: str
     propensity: float | None
     key_id: int  # whose draw key made the draw
-    logits_temperature: float = 1.0
+    temperature: float | None = None
     propensity_kind: str = "mass"
     propensity_reason: str | None = None
     overridden: bool = False

@@ -1,0 +1,68 @@
+"""How a policy is deployed: which version decides, which is tried, how rewards are joined. Pure.
+
+`deployment.yaml` stands beside a policy's bundles and gives the state that the service starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+
+from policies.bundle import Label
+from policies.errors import ConfigError
+
+DEPLOYMENT = "deployment.yaml"
+RouteBy = Literal["key", "episode", "decision"]
+
+
+class Challenger(Struct, forbid_unknown_fields=True, frozen=True):
+    version: Label
+    weight: Annotated[float, Meta(ge=0, le=1)]
+
+
+class RewardPolicy(Struct, forbid_unknown_fields=True, frozen=True):
+    """How rewards meet decisions. `first`: the first accepted reward closes the decision."""
+
+    window_s: Annotated[float, Meta(gt=0, le=30 * 86_400)] = 60.0
+    default: float = 0.0
+    aggregation: Literal["first"] = "first"
+
+
+class Deployment(Struct, forbid_unknown_fields=True, frozen=True):
+    """`deployment.yaml`, as it is written."""
+
+    schema: Literal[1]
+    policy: Label
+    champion: Label
+    baseline: Label | None = None
+    challengers: Annotated[list[Challenger], Meta(max_length=1)] = []
+    route_by: RouteBy | None = None
+    reward: RewardPolicy = RewardPolicy()
+
+    @property
+    def versions(self) -> set[str]:
+        """Labels that the deployment names."""
+        named = {self.champion, *(challenger.version for challenger in self.challengers)}
+        return named | ({self.baseline} if self.baseline else set())
+
+
+def read_deployment(raw: bytes, where: str) -> Deployment:
+    """Decode `deployment.yaml`. Raises ConfigError naming file and field."""
+    try:
+        return msgspec.convert(yaml.safe_load(raw), Deployment)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}", where) from None
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        raise ConfigError(f"{where}: {message}", path.strip(".`") or None) from None
+
+
+def default_deployment(policy: str, versions: Collection[str]) -> Deployment:
+    """Deploy a policy that has one version and no `deployment.yaml`. Raises ConfigError when there is a choice."""
+    if len(versions) != 1:
+        raise ConfigError(f"{policy} has {len(versions)} versions: say in {DEPLOYMENT} which is champion", "champion")
+    return Deployment(schema=1, policy=policy, champion=next(iter(versions)))

@@ -1,0 +1,26 @@
+"""Masks over discrete actions. Pure, total: every input gives a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from policies.types import Bools
+
+Allowed = Sequence[int] | None  # indices a caller allows; None: all; empty: none
+
+
+def request_mask(allowed: Sequence[Allowed], n: int) -> Bools | None:
+    """Mask by the callers' `allowed_actions`, bool [B, n], or None when no row names any.
+
+    Indices outside 0..n - 1 allow nothing: they are refused at the edge, and here they are merely harmless.
+    """
+    if all(row is None for row in allowed):
+        return None
+    mask = np.ones((len(allowed), n), dtype=np.bool_)
+    for index, row in enumerate(allowed):
+        if row is not None:
+            mask[index] = False
+            mask[index, [action for action in row if 0 <= action < n]] = True
+    return mask

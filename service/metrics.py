@@ -1,0 +1,93 @@
+"""Prometheus metrics: every name, in one place, on a registry that is given.
+
+Duty: names, help, labels, and handles with their labels resolved at start, so that the hot path only adds numbers.
+Labels are bounded: policies and versions that are loaded, roles, rules, reasons and codes from closed lists; never ids
+or states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from policies.types import Role
+from safety.types import FallbackReason
+
+# From a lone inline decision (some 200 µs) to the default deadline of a request (1 s), about 2 buckets per doubling.
+SECONDS = (
+    0.0001, 0.00015, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003,
+    0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0,
+)  # fmt: skip
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+DELAY_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 3600.0, 86_400.0)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionMetrics:
+    """Handles of one version with labels resolved."""
+
+    decisions: dict[str, Counter]  # by role
+    fallbacks: dict[str, Counter]  # by reason
+    explored: Counter
+    duration: Histogram
+    inference: Histogram
+
+
+class Metrics:
+    """All metrics of a process. Construct once per registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._decisions = self._counter("decisions", "Decisions answered.", "policy", "version", "role")
+        self._fallbacks = self._counter("fallbacks", "Decisions the fallback answered.", "policy", "version", "reason")
+        self._explored = self._counter("explored", "Decisions drawn by the exploring part.", "policy", "version")
+        self._duration = self._histogram("act_duration", "From the parsed request to its answer.", "policy", "version")
+        self._inference = self._histogram("inference_duration", "One call of the network.", "policy", "version")
+        self.batch_rows = Histogram(
+            "surefoot_batch_rows", "Rows decided together.", ["policy"], buckets=ROWS, registry=registry
+        )
+        self.overrides = self._counter("overrides", "Decisions whose proposal a rule forbade.", "policy", "rule")
+        self.refusals = self._counter("no_safe_action", "Decisions refused: nothing allowed, no fallback.", "policy")
+        self.unlogged = self._counter("unlogged_decisions", "Decisions answered but not recorded.", "policy")
+        self.problems = self._counter("problems", "Requests answered with a problem.", "code")
+        self.rewards = self._counter("rewards", "Rewards accepted, by the join's verdict.", "policy", "status")
+        self.reward_sum = self._gauge("reward_sum", "Sum of accepted rewards since the start.", "policy")
+        self.reward_delay = Histogram(
+            "surefoot_reward_delay_seconds",
+            "From a decision to its reward.",
+            ["policy"],
+            buckets=DELAY_SECONDS,
+            registry=registry,
+        )
+        self.transitions = self._counter("transitions", "Transitions that left the join.", "policy", "state")
+        self.pending = self._gauge("pending_decisions", "Decisions that wait for a reward or a successor.", "policy")
+        self.unshipped = self._gauge("ledger_unshipped_events", "Events recorded here and not yet in Redis.")
+        self.oldest = self._gauge("ledger_oldest_seconds", "Age of the oldest event not yet in Redis.")
+        self.ledger_bytes = self._gauge("ledger_bytes", "Bytes of events held in memory.")
+        self.lost = self._gauge("ledger_lost_events", "Events that Redis lost and the spool no longer holds.")
+        self.corrupt = self._gauge("ledger_corrupt_rows", "Spool rows that were torn or corrupt, and skipped.")
+        self.store_up = self._gauge("store_up", "Whether Redis answered the last call (1) or not (0).")
+        self.info = Gauge(
+            "surefoot_policy_info", "Loaded versions.", ["policy", "version", "digest", "role"], registry=registry
+        )
+
+    def version(self, policy: str, version: str) -> VersionMetrics:
+        """Resolve the labels of one version."""
+        return VersionMetrics(
+            decisions={role: self._decisions.labels(policy, version, role) for role in get_args(Role)},
+            fallbacks={reason: self._fallbacks.labels(policy, version, reason) for reason in get_args(FallbackReason)},
+            explored=self._explored.labels(policy, version),
+            duration=self._duration.labels(policy, version),
+            inference=self._inference.labels(policy, version),
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"surefoot_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"surefoot_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"surefoot_{name}_seconds", text, labels, buckets=SECONDS, registry=self.registry)

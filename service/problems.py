@@ -1,0 +1,25 @@
+"""The error tree as RFC 9457 problem details. Pure.
+
+`type` is a URN made of the stable code; `errors` names the field; `error` nothing else: no traces, no values.
+"""
+
+from __future__ import annotations
+
+from policies.errors import SurefootError
+from service.wire import FieldError, Problem
+
+CONTENT_TYPE = "application/problem+json"
+
+
+def problem(error: SurefootError, *, instance: str | None = None, row: int | None = None) -> Problem:
+    """Describe an error of the tree to a caller."""
+    return Problem(
+        type=f"urn:surefoot:problem:{error.code}",
+        title=error.title,
+        status=error.status,
+        code=error.code,
+        detail=error.detail,
+        instance=instance,
+        errors=[FieldError(error.field, error.detail)] if error.field else [],
+        row=row,
+    )

@@ -1,0 +1,115 @@
+"""Every setting of the service, read from `SUREFOOT_*` variables. Unknown ones are refused, by name.
+
+Duty: names, types, bounds and defaults; nothing else. A default cites why it has its value. Nothing here opens a
+file or a socket, so that `surefoot config show` works anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from policies.errors import ConfigError
+
+PREFIX = "SUREFOOT_"
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """What an operator can set. Units stand in the names: `_s` seconds, `_ms` milliseconds, `_bytes` bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
+    data_dir: Path = Field(Path("data"), description="Spool, embedded Valkey and snapshots; kept between runs.")
+    policies: Path | None = Field(
+        default=None, description="Directory of policies to load at start; unset: the bundled ones (CartPole)."
+    )
+    redis_url: SecretStr | None = Field(
+        default=None, description="redis://, rediss:// or unix:// URL; unset: an embedded Valkey in the data directory."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where networks run; cuda without a usable GPU is an error, never a silent CPU."
+    )
+    durability: Literal["memory", "process"] = Field(
+        "process", description="What an answered event survives: nothing (memory), SIGKILL (process)."
+    )
+    workers: Literal[1] = Field(1, description="Worker processes. One for now: scale by replicas.")
+
+    admin_token: SecretStr | None = Field(
+        default=None, description="Bearer token for /admin; made and printed when unset."
+    )
+    client_token: SecretStr | None = Field(
+        default=None, description="Bearer token for /act, /reward, /decisions and /metrics; required off loopback."
+    )
+    allow_open: bool = Field(False, description="Serve without a client token on a non-loopback address.")
+    keys: SecretStr | None = Field(
+        default=None,
+        description="Signing keys as kid:hex,kid:hex (kid 0 to 255, 32 bytes each); the first signs, all verify.",
+    )
+
+    # 1 MiB holds an 84×84×4 observation written as JSON with room to spare for its batch endpoint in chunks.
+    max_body_bytes: Bytes = Field(1 << 20, description="Larger request bodies get 413.")
+    body_timeout_s: Seconds = Field(5.0, description="A body that takes longer gets 408.")
+    max_batch: int = Field(1024, ge=1, le=65536, description="Most rows in one inference call or batch request.")
+
+    # 64 MiB is some 200,000 small decisions: half a minute of full speed on one core.
+    ledger_buffer_bytes: Bytes = Field(64 << 20, description="Events waiting in memory before the ledger refuses.")
+    spool_min_free_bytes: int = Field(64 << 20, ge=0, description="Stop accepting events below this much free disk.")
+    max_lag_s: Seconds = Field(300.0, description="A silent producer holds reward deadlines back for this long.")
+    record_ttl_s: Seconds = Field(86_400.0, description="A closed decision's record stays readable for this long.")
+    verdict_wait_s: Seconds = Field(0.05, description="A reward waits this long for the join's verdict.")
+    idempotency_ttl_s: Seconds = Field(86_400.0, description="A repeated Idempotency-Key is recognised for this long.")
+
+    drain_delay_s: Seconds = Field(0.0, description="On SIGTERM, answer 503 on readiness this long before closing.")
+    grace_s: Seconds = Field(10.0, description="Then running requests get at most this long to finish.")
+    trace_sample: float = Field(0.01, ge=0, le=1, description="Share of decisions traced when a parent says nothing.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @field_validator("data_dir", "policies")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path.expanduser().absolute() if path else None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether `host` can be reached from this machine alone."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def load_settings() -> Settings:
+    """Read the settings from the environment.
+
+    Raises ConfigError naming the variable when one is unknown or has a wrong value, or when the service would be
+    open to the network without a token.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]}; `surefoot config show` lists the known ones", unknown[0])
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        raise ConfigError(f"{field}: {first['msg']}", field) from None
+    if not (settings.is_loopback or settings.client_token or settings.allow_open):
+        raise ConfigError(
+            f"{settings.host} can be reached from the network: set SUREFOOT_CLIENT_TOKEN, or SUREFOOT_ALLOW_OPEN=true "
+            "if something in front of the service checks who calls",
+            "SUREFOOT_CLIENT_TOKEN",
+        )
+    return settings

@@ -1,0 +1,239 @@
+"""What travels over HTTP: request and response structs of the hot routes, and their codec. Pure.
+
+Duty: shapes and types of the JSON; semantics live in `act.py` and `rewards.py`. Unknown fields are refused.
+Strategy: msgspec decodes straight into structs; its one-line complaints are translated here into the error tree,
+with the field named as a path. `state` is kept raw until the policy, and with it the observation's shape, is known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from policies.errors import BadJson, InvalidField, MissingField, NotFinite, RequestError, UnknownField
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Step = Annotated[int, Meta(ge=0, le=2**53)]
+Action = int | str
+Context = dict[str, Any]
+
+
+class ActRequest(Struct, forbid_unknown_fields=True, frozen=True):
+    """Ask for one action."""
+
+    state: Raw
+    policy: Name | None = None
+    key: Name | None = None
+    episode: Name | None = None
+    step: Step | None = None
+    context: Context | None = None
+    allowed_actions: list[Action] | None = None
+    explore: bool = True
+    include: tuple[Literal["values", "distribution"], ...] = ()
+
+
+class ActBatchRequest(Struct, forbid_unknown_fields=True, frozen=True):
+    """Ask for an action for each of several states of one policy. Columns have one element per state."""
+
+    states: list[Raw]
+    policy: Name | None = None
+    keys: list[Name | None] | None = None
+    episodes: list[Name | None] | None = None
+    steps: list[Step | None] | None = None
+    contexts: list[Context | None] | None = None
+    allowed_actions: list[list[Action] | None] | None = None
+    explore: bool = True
+
+
+class Exploration(Struct, frozen=True):
+    epsilon: float  # in force for this row
+    left: int | None = None  # explored decisions left in the window; null: no budget is declared
+
+
+class Safety(Struct, frozen=True):
+    overridden: bool  # the mask changed what the version would have done
+    proposed: Action  # what it would have done
+    rules: tuple[str, ...]  # which rules changed it
+
+
+class ActResponse(Struct, frozen=True, omit_defaults=True):
+    """One decision. Fields with null are sent, optional extras only when asked for."""
+
+    decision_id: str
+    policy: str
+    assigned_version: str
+    version: str
+    role: str
+    generation: int
+    action: int
+    action_name: str
+    propensity: float | None
+    propensity_reason: str | None
+    explored: bool
+    exploration: Exploration
+    safety: Safety
+    fallback: str | None
+    logged: bool
+    switched: bool = False
+    values: list[float] | None = None
+    distribution: list[float] | None = None
+    idempotency: Literal["local"] | None = None
+
+
+class ActBatchResponse(Struct, frozen=True):
+    """Columns in the order of `states`; a row that could not be decided stands in `errors` and is null elsewhere."""
+
+    policy: str
+    decision_id: list[str | None]
+    assigned_version: list[str | None]
+    version: list[str | None]
+    role: list[str | None]
+    generation: int
+    action: list[int | None]
+    action_name: list[str | None]
+    propensity: list[float | None]
+    propensity_reason: list[str | None]
+    explored: list[bool | None]
+    epsilon: list[float | None]
+    overridden: list[bool | None]
+    fallback: list[str | None]
+    logged: list[bool | None]
+    errors: list[Problem]
+
+
+class RewardRequest(Struct, forbid_unknown_fields=True, frozen=True):
+    """Reward one decision."""
+
+    decision_id: Annotated[str, Meta(max_length=256)]
+    reward: float
+    reward_id: Name | None = None
+    final: bool = False
+    next_state: Raw | None = None
+    terminated: bool = False
+    truncated: bool = False
+    executed: bool = True
+    executed_action: Action | None = None
+    metrics: dict[str, float] | None = None
+
+
+class RewardBatchRequest(Struct, forbid_unknown_fields=True, frozen=True):
+    rewards: list[RewardRequest]
+
+
+Verdict = Literal["joined", "early", "late", "conflict", "accepted"]
+
+
+class RewardResponse(Struct, frozen=True):
+    """`joined`: it is the decision's reward. `early`: waits for the decision's record. `late`: kept on the late stream.
+    `accepted`: durable, the join has not answered yet. `conflict`, in a batch only: another reward stands."""
+
+    decision_id: str
+    reward_id: str | None
+    status: Verdict
+    duplicate: bool = False
+
+
+class RewardBatchResponse(Struct, frozen=True):
+    results: list[RewardResponse]
+
+
+class FieldError(Struct, frozen=True):
+    field: str
+    detail: str
+
+
+class Problem(Struct, frozen=True, omit_defaults=True):
+    """RFC 9457 problem details with a stable `code`, and `errors` naming each field."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    instance: str | None = None
+    errors: list[FieldError] = []
+    decision_id: str | None = None
+    row: int | None = None
+
+
+_encoder = msgspec.json.Encoder()
+_act = msgspec.json.Decoder(ActRequest)
+_act_batch = msgspec.json.Decoder(ActBatchRequest)
+_reward = msgspec.json.Decoder(RewardRequest)
+_reward_batch = msgspec.json.Decoder(RewardBatchRequest)
+
+T = TypeVar("T")
+
+_PATH = re.compile(r" - at `(?:key in )?\$(?P<path>[^`]*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>[^`]*)`")
+_MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
+
+
+def complaint(error: msgspec.ValidationError, root: str = "") -> RequestError:
+    """Translate msgspec's one-line complaint into the error tree, the field named as a path below `root`."""
+    text = str(error)
+    found = _PATH.search(text)
+    path = root + (found["path"] if found else "")
+    message = text[: found.start()] if found else text
+    for pattern, kind in ((_UNKNOWN, UnknownField), (_MISSING, MissingField)):
+        if named := pattern.match(message):
+            return kind(message, f"{path}.{named['name']}".lstrip("."))
+    return InvalidField(message, path.lstrip(".") or None)
+
+
+def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise complaint(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _explain(body, error) from None
+
+
+def _explain(body: bytes, error: Exception) -> RequestError:
+    """Say why a body is not JSON; Python and JavaScript both write NaN and Infinity, so those are named."""
+    if isinstance(error, RecursionError):
+        return BadJson("the body is nested too deeply")
+    try:
+        lenient = json.loads(body)
+    except (ValueError, RecursionError):
+        return BadJson(str(error))
+    field = next(_not_finite(lenient, ""), None)
+    return NotFinite("NaN and Infinity are not accepted", field) if field else BadJson(str(error))
+
+
+def _not_finite(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path.lstrip(".")
+    elif isinstance(value, dict):
+        for name, element in value.items():
+            yield from _not_finite(element, f"{path}.{name}")
+    elif isinstance(value, list):
+        for index, element in enumerate(value):
+            yield from _not_finite(element, f"{path}[{index}]")
+
+
+def decode_act(body: bytes) -> ActRequest:
+    return _decode(_act, body)
+
+
+def decode_act_batch(body: bytes) -> ActBatchRequest:
+    return _decode(_act_batch, body)
+
+
+def decode_reward(body: bytes) -> RewardRequest:
+    return _decode(_reward, body)
+
+
+def decode_reward_batch(body: bytes) -> RewardBatchRequest:
+    return _decode(_reward_batch, body)
+
+
+def encode(answer: Struct) -> bytes:
+    return _encoder.encode(answer)
