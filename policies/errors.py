@@ -14,6 +14,8 @@
     │   ├── RewardConflict   409     another reward stands under the same (decision_id, reward_id)
     │   ├── NoSafeAction     409     nothing is allowed and the policy declares `fallback: none`
     │   ├── KeyReused        422     an Idempotency-Key came back with another body
+    │   ├── KeyInUse         409     the first request with this Idempotency-Key is still running
+    │   ├── Unauthorized     401     no token, or not a valid one
     │   ├── BodyTooLarge     413
     │   ├── BodyTooSlow      408
     │   └── WrongMethod      405
@@ -124,6 +126,19 @@ class KeyReused(RequestError):
     code = "idempotency_key_reused"
     status = 422
     title = "The Idempotency-Key was used with another body"
+
+
+class KeyInUse(RequestError):
+    code = "idempotency_key_in_use"
+    status = 409
+    title = "The first request with this Idempotency-Key is still running"
+    retry_after_s = 1
+
+
+class Unauthorized(RequestError):
+    code = "unauthorized"
+    status = 401
+    title = "A valid token is required"
 
 
 class BodyTooLarge(RequestError):

@@ -91,6 +91,13 @@ class ObservationSpec:
             return f"state.{self.names[index]}"
         return "state" + "".join(f"[{i}]" for i in np.unravel_index(index, self.shape))
 
+    def first_not_finite(self, states: npt.NDArray[np.floating]) -> int | None:
+        """Index of the first of B observations [B, *shape] that is not finite in the spec's dtype, or None."""
+        finite = np.isfinite(states)
+        if finite.all():
+            return None
+        return int(np.flatnonzero(~finite.reshape(len(states), -1).all(axis=1))[0])
+
     def refuse_not_finite(self, row: npt.NDArray[np.floating]) -> NotFinite:
         """Say which element of one observation [*shape] is not finite in the spec's dtype."""
         index = int(np.flatnonzero(~np.isfinite(row.reshape(-1)))[0])

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from policies.types import Role
 from safety.types import FallbackReason
+from service.wire import INTERNAL, ActResponse
 
 # From a lone inline decision (some 200 µs) to the default deadline of a request (1 s), about 2 buckets per doubling.
 SECONDS = (
@@ -34,12 +35,20 @@ class VersionMetrics:
     duration: Histogram
     inference: Histogram
 
+    def count(self, answer: ActResponse) -> None:
+        self.decisions[answer.role].inc()
+        if answer.explored:
+            self.explored.inc()
+        if answer.fallback is not None:
+            self.fallbacks[answer.fallback].inc()
+
 
 class Metrics:
     """All metrics of a process. Construct once per registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._versions: dict[tuple[str, str], VersionMetrics] = {}
         self._decisions = self._counter("decisions", "Decisions answered.", "policy", "version", "role")
         self._fallbacks = self._counter("fallbacks", "Decisions the fallback answered.", "policy", "version", "reason")
         self._explored = self._counter("explored", "Decisions drawn by the exploring part.", "policy", "version")
@@ -74,10 +83,19 @@ class Metrics:
         )
 
     def version(self, policy: str, version: str) -> VersionMetrics:
-        """Resolve the labels of one version."""
+        """Give the handles of one version; their labels are resolved once."""
+        known = self._versions.get((policy, version))
+        if known is None:
+            known = self._versions[policy, version] = self._resolve(policy, version)
+        return known
+
+    def _resolve(self, policy: str, version: str) -> VersionMetrics:
         return VersionMetrics(
             decisions={role: self._decisions.labels(policy, version, role) for role in get_args(Role)},
-            fallbacks={reason: self._fallbacks.labels(policy, version, reason) for reason in get_args(FallbackReason)},
+            fallbacks={
+                reason: self._fallbacks.labels(policy, version, reason)
+                for reason in (*get_args(FallbackReason), INTERNAL)
+            },
             explored=self._explored.labels(policy, version),
             duration=self._duration.labels(policy, version),
             inference=self._inference.labels(policy, version),

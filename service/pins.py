@@ -1,13 +1,12 @@
-"""Which version an episode began on: a bounded memory of this worker. Pure but for what it remembers.
+"""Which version an episode began on: a bounded memory of this worker.
 
-Invariant: len(self) <= capacity; the least recently used episode is forgotten first, and its next step is assigned
+Invariant: len(pins) <= capacity; the least recently used episode is forgotten first, and its next step is assigned
 anew by the hash, which gives the same version unless weights changed meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 
 from policies.route import Assignment
 
@@ -15,37 +14,23 @@ from policies.route import Assignment
 CAPACITY = 100_000
 
 
-@dataclass(slots=True)
-class Pin:
-    """An episode's assignment, and the version its last step ran on."""
-
-    assignment: Assignment
-    last_version: str
-
-
 class Pins:
-    """Episodes by id, least recently used first."""
+    """Assignments by episode, least recently used first."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._pins: OrderedDict[str, Pin] = OrderedDict()
+        self._pins: OrderedDict[str, Assignment] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._pins)
 
-    def get(self, episode: str) -> Pin | None:
+    def get(self, episode: str) -> Assignment | None:
         pin = self._pins.get(episode)
         if pin is not None:
             self._pins.move_to_end(episode)
         return pin
 
-    def put(self, episode: str, assignment: Assignment) -> Pin:
-        """Pin an episode that is not pinned yet."""
-        if len(self._pins) >= self._capacity:
+    def put(self, episode: str, assignment: Assignment) -> None:
+        if episode not in self._pins and len(self._pins) >= self._capacity:
             self._pins.popitem(last=False)
-        pin = self._pins[episode] = Pin(assignment, assignment.version)
-        return pin
-
-    def forget(self, episode: str) -> None:
-        """Drop the pin of an episode that has ended."""
-        self._pins.pop(episode, None)
+        self._pins[episode] = assignment

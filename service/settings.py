@@ -71,7 +71,12 @@ class Settings(BaseSettings):
 
     drain_delay_s: Seconds = Field(0.0, description="On SIGTERM, answer 503 on readiness this long before closing.")
     grace_s: Seconds = Field(10.0, description="Then running requests get at most this long to finish.")
-    trace_sample: float = Field(0.01, ge=0, le=1, description="Share of decisions traced when a parent says nothing.")
+    trace_sample: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of decisions traced, when an OTLP endpoint is set and the caller's trace says nothing.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("data_dir", "policies")

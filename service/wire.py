@@ -21,6 +21,8 @@ from policies.errors import BadJson, InvalidField, MissingField, NotFinite, Requ
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Step = Annotated[int, Meta(ge=0, le=2**53)]
 Action = int | str
+
+INTERNAL = "internal_error"  # why nothing is known of a decision whose pipeline failed
 Context = dict[str, Any]
 
 

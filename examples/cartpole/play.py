@@ -20,11 +20,14 @@ import sys
 import time
 import uuid
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import gymnasium
+
+from surefoot import AsyncClient
 
 ENVIRONMENT = "CartPole-v1"
 REWARDS_UNDER_WAY = 8  # for each episode
@@ -60,7 +63,7 @@ class Client(Protocol):
 
 
 class Journal:
-    """One JSON line for each call issued and each call acknowledged, on disk before the program goes on."""
+    """One JSON line for each call issued and each acknowledged, out of this process before it goes on."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file
@@ -127,7 +130,7 @@ async def play_episode(client: Client, policy: str, episode: Episode, journal: J
             step, state, over = episode.steps, observation.tolist(), terminated or truncated
             episode.add(decision, float(reward))
             await free.acquire()
-            body = {"reward": float(reward), "terminated": bool(terminated), "truncated": bool(truncated)}
+            body: dict[str, Any] = {"reward": float(reward), "terminated": terminated, "truncated": truncated}
             # Behind a time limit the world goes on: with its last state a trainer can bootstrap from there.
             body["next_state"] = state if truncated and not terminated else None
             where = {"episode": episode.name, "step": step}
@@ -171,14 +174,14 @@ async def play_all(client: Client, options: argparse.Namespace, journal: Journal
             episode = waiting.pop()
             try:
                 await play_episode(client, options.policy, episode, journal)
-            except* Exception as group:
+            except ExceptionGroup as group:  # of the episode's task group; the other episodes go on
                 failures.extend(f"{episode.name}, step {episode.steps}: {error!r}" for error in group.exceptions)
-                continue
-            finished.append(episode)
-            if options.progress:
-                rate = sum(each.steps for each in finished) / (time.monotonic() - started)
-                done = f"[{len(finished):>{len(str(options.episodes))}}/{options.episodes}]"
-                print(f"{done} {episode.version}: return {episode.total:.0f}, {rate:.0f} steps/s", flush=True)
+            else:
+                finished.append(episode)
+                if options.progress:
+                    rate = sum(each.steps for each in finished) / (time.monotonic() - started)
+                    done = f"[{len(finished):>{len(str(options.episodes))}}/{options.episodes}]"
+                    print(f"{done} {episode.version}: return {episode.total:.0f}, {rate:.0f} steps/s", flush=True)
 
     async with asyncio.TaskGroup() as seats:
         for _ in range(min(options.concurrency, options.episodes)):
@@ -196,7 +199,7 @@ def positive(text: str) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Play CartPole-v1 through a running Surefoot service.")
     parser.add_argument("--url", default="http://127.0.0.1:8080")
-    parser.add_argument("--token", default=os.environ.get("SUREFOOT_CLIENT_TOKEN"), help="where the service asks for one")
+    parser.add_argument("--token", default=os.environ.get("SUREFOOT_CLIENT_TOKEN"), help="if the service wants one")
     parser.add_argument("--policy", default="cartpole")
     parser.add_argument("--episodes", type=positive, default=20)
     parser.add_argument("--concurrency", type=positive, default=8, help="episodes played at once")
@@ -206,13 +209,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-async def run(options: argparse.Namespace) -> int:
-    from surefoot import AsyncClient
-
-    with open(options.journal or os.devnull, "a", encoding="utf-8") as file:
-        journal = Journal(file if options.journal else None)
-        async with AsyncClient(options.url, token=options.token) as client:
-            finished, failures = await play_all(client, options, journal)
+async def run(options: argparse.Namespace, journal: Journal) -> int:
+    async with AsyncClient(options.url, token=options.token) as client:
+        finished, failures = await play_all(client, options, journal)
     if finished:
         print(report(finished))
     for failure in failures:
@@ -221,10 +220,12 @@ async def run(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    try:
-        return asyncio.run(run(parse()))
-    except KeyboardInterrupt:
-        return 1
+    options = parse()
+    with options.journal.open("a", encoding="utf-8") if options.journal else nullcontext() as file:
+        try:
+            return asyncio.run(run(options, Journal(file)))
+        except KeyboardInterrupt:
+            return 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""The routes that need no haste, on FastAPI: health, decisions, metrics, documents, and what is loaded.
+
+Duty: read-only views of a running worker. Errors of the tree become problem+json by one handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from policies.errors import InvalidField, StoreAway, SurefootError, Unauthorized
+from service import openapi
+from service.decision import decode_record, decode_reward_record
+from service.history import describe
+from service.problems import CONTENT_TYPE, problem
+from service.redis_streams import StoredDecision
+from service.runtime import Runtime
+from service.wire import FieldError, Problem
+
+SHIPPING_TRIES = 10
+SHIPPING_PAUSE_S = 0.02
+
+
+def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: str) -> FastAPI:
+    """Build the application. `state["runtime"]` is there once the worker has started."""
+    app = FastAPI(
+        title="Surefoot",
+        version="0.1.0",
+        summary="Online policy serving for reinforcement learning: safe actions, exact propensities, joined rewards.",
+        redoc_url=None,
+    )
+
+    def runtime() -> Runtime:
+        return state["runtime"]
+
+    def client(authorization: Annotated[str | None, Header()] = None) -> None:
+        if client_token is not None:
+            _require(authorization, client_token, admin_token)
+
+    def admin(authorization: Annotated[str | None, Header()] = None) -> None:
+        _require(authorization, admin_token)
+
+    Worker = Annotated[Runtime, Depends(runtime)]
+
+    @app.get("/health/live", tags=["health"], summary="Whether the process answers")
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @app.get("/health/ready", tags=["health"], summary="Whether it should get traffic, and why not")
+    async def ready(worker: Worker) -> JSONResponse:
+        reasons = worker.reasons()
+        body = {"status": "not_ready" if reasons else "ready", "reasons": reasons, **_durability(worker)}
+        return JSONResponse(body, 503 if reasons else 200)
+
+    @app.get("/v1/decisions/{decision_id}", tags=["decisions"], dependencies=[Depends(client)])
+    async def decision(decision_id: str, worker: Worker) -> Response:
+        """The whole record of a decision, where it stands in the join, and why it was what it was."""
+        stored = await _find(worker, decision_id)
+        body = describe(stored, decode_record(stored.record)) | {"join": _join(stored)}
+        return Response(msgspec.json.encode(body), media_type="application/json")
+
+    @app.get("/metrics", tags=["operations"], dependencies=[Depends(client)])
+    async def metrics(worker: Worker) -> Response:
+        worker.refresh_metrics()
+        return Response(generate_latest(worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/admin/policies", tags=["admin"], dependencies=[Depends(admin)])
+    async def policies(worker: Worker) -> list[dict[str, Any]]:
+        """What is loaded: policies, their versions, who decides and with which weight."""
+        return [_policy(served.coalescer.decider.plan) for served in worker.policies.values()]
+
+    _handle_errors(app)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _require(authorization: str | None, *tokens: str) -> None:
+    given = (authorization or "").removeprefix("Bearer ").encode()
+    if not any([hmac.compare_digest(given, token.encode()) for token in tokens]):
+        raise Unauthorized("send a valid token as `Authorization: Bearer …`")
+
+
+def _durability(worker: Runtime) -> dict[str, Any]:
+    store = msgspec.to_builtins(worker.store) if worker.store is not None else None
+    return {"durability": worker.settings.durability, "redis": store, "degraded": worker.store is None}
+
+
+async def _find(worker: Runtime, decision_id: str) -> StoredDecision:
+    """Read a decision from Redis; one that is still on its way there gets a moment to arrive."""
+    identity, policy = worker.rewards.find(decision_id)
+    for _ in range(SHIPPING_TRIES):
+        stored = await worker.streams.read_decision(policy.policy, identity.text)
+        if stored is not None:
+            return stored
+        worker.shipper.kick()
+        await asyncio.sleep(SHIPPING_PAUSE_S)
+    raise StoreAway("this decision's record has not reached Redis yet", "decision_id")
+
+
+def _join(stored: StoredDecision) -> dict[str, Any]:
+    reward = None
+    if stored.reward is not None:
+        reward = {
+            "reward": stored.reward,
+            "reward_id": stored.reward_id or None,
+            "accepted_ms": stored.reward_at_ms,
+            "metrics": decode_reward_record(stored.reward_record).metrics if stored.reward_record else None,
+        }
+    return {
+        "state": stored.state_name,
+        "waiting_for": stored.waiting_for,
+        "due_ms": stored.due_ms,
+        "reward": reward,
+        "end": stored.end,
+        "next_decision_id": stored.next_id,
+    }
+
+
+def _policy(plan: Any) -> dict[str, Any]:
+    routes = plan.routes
+    return {
+        "policy": plan.policy,
+        "generation": plan.generation,
+        "champion": routes.champion,
+        "challenger": {"version": routes.challenger, "weight": routes.weight} if routes.challenger else None,
+        "versions": {
+            label: {
+                "digest": version.bundle.digest,
+                "device": version.engine.device,
+                "head": version.bundle.head,
+                "epsilon": version.bundle.epsilon,
+                "description": version.bundle.manifest.description,
+            }
+            for label, version in plan.versions.items()
+        },
+    }
+
+
+def _handle_errors(app: FastAPI) -> None:
+    def respond(body: Problem, headers: dict[str, str] | None = None) -> Response:
+        return Response(msgspec.json.encode(body), body.status, headers, CONTENT_TYPE)
+
+    @app.exception_handler(SurefootError)
+    async def ours(request: Request, error: SurefootError) -> Response:
+        headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
+        return respond(problem(error, instance=request.url.path), headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        found = problem(InvalidField("the request does not fit"), instance=request.url.path)
+        errors = [FieldError(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        return respond(msgspec.structs.replace(found, errors=errors))
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        body = Problem(
+            type=f"urn:surefoot:problem:{code}",
+            title=str(error.detail),
+            status=error.status_code,
+            code=code,
+            detail=f"{request.method} {request.url.path}: {error.detail}",
+            instance=request.url.path,
+        )
+        return respond(body, dict(error.headers or {}))
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's own routes and the hot ones."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        document["paths"] = openapi.paths() | document["paths"]
+        document.setdefault("components", {}).setdefault("schemas", {}).update(openapi.schemas())
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,102 @@
+"""The `surefoot` command. Thin: every subcommand reads settings, calls one function, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from policies.errors import SurefootError
+from service.settings import PREFIX, Settings, load_settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Serve reinforcement-learning policies.")
+config = typer.Typer(no_args_is_help=True, help="Settings.")
+policy = typer.Typer(no_args_is_help=True, help="Policies and bundles.")
+transitions = typer.Typer(no_args_is_help=True, help="What trainers read.")
+app.add_typer(config, name="config")
+app.add_typer(policy, name="policy")
+app.add_typer(transitions, name="transitions")
+
+
+def main() -> None:
+    """Run the command; errors of the tree become one line and exit code 1."""
+    try:
+        app()
+    except SurefootError as error:
+        print(f"surefoot: {error.detail}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def serve() -> None:
+    """Serve until SIGTERM or Ctrl-C. Everything is set by SUREFOOT_ variables (`surefoot config show`)."""
+    from service.logs import configure_logs
+    from service.supervisor import serve as supervise
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    raise typer.Exit(supervise(settings))
+
+
+@config.command("show")
+def show() -> None:
+    """Print every setting with its value and meaning; secrets are masked."""
+    settings = load_settings()
+    for name, field in Settings.model_fields.items():
+        print(f"{PREFIX}{name.upper()}={getattr(settings, name)}  # {field.description}")
+
+
+@policy.command("list")
+def list_policies() -> None:
+    """List the policies that a start would load."""
+    from policies.store import BUNDLED, read_directory
+
+    for stored in read_directory(load_settings().policies or BUNDLED):
+        for label, bundle in sorted(stored.bundles.items()):
+            mark = {stored.deployment.champion: "champion", stored.deployment.baseline: "baseline"}.get(label, "")
+            print(f"{stored.name}/{label}\t{mark}\t{bundle.head}\t{bundle.digest[:12]}\t{bundle.manifest.description}")
+
+
+@policy.command("check")
+def check(path: Path) -> None:
+    """Check a bundle's folder: every check that a load makes, golden vectors and latency included."""
+    from policies.engine import Engine
+    from policies.store import read_folder
+
+    bundle = read_folder(path.absolute())
+    engine = Engine(bundle)
+    print(f"ok: {bundle.policy}/{bundle.version} {bundle.digest[:12]} on {engine.device}")
+
+
+@app.command()
+def replay(decision_id: str, url: Annotated[str, typer.Option(envvar="SUREFOOT_URL")] = "http://127.0.0.1:8080") -> None:
+    """Draw a recorded decision again, from its record and the signing keys, and compare."""
+    from service.replay import replay_over_http
+
+    print(json.dumps(replay_over_http(decision_id, url, load_settings()), indent=2))
+
+
+@transitions.command("tail")
+def tail(
+    policy: str,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+    count: Annotated[bool, typer.Option(help="Print only how many there are.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many.")] = None,
+) -> None:
+    """Print transitions as JSON lines, oldest first."""
+    from service.transitions_tail import tail as read
+
+    number = 0
+    for transition in read(policy, load_settings(), follow=follow, limit=limit):
+        number += 1
+        if not count:
+            print(json.dumps(transition))
+    if count:
+        print(number)
+
+
+if __name__ == "__main__":
+    main()

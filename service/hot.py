@@ -1,0 +1,271 @@
+"""The hot routes as plain ASGI, beside FastAPI's router: /act, /reward and their batches.
+
+    read -> decode -> decide | accept -> encode -> answer
+
+Duty: turn bytes into checked rows and rewards, and outcomes into bytes. Semantics live in `act.py` and `rewards.py`.
+Strategy: a dict looks up the route, msgspec decodes; nothing here is resolved, inspected or validated per request that
+could be at start. These routes stand in the OpenAPI document all the same (`openapi.py`).
+Promise: every error of the tree becomes problem+json here; anything else becomes a plain 500 and is logged.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from policies.errors import (
+    InvalidField,
+    MissingField,
+    NotFinite,
+    SurefootError,
+    Unauthorized,
+    UnknownPolicy,
+    WrongMethod,
+)
+from policies.types import ActionSpec, ObservationSpec
+from service.body import JSON, Disconnected, Scope, header, read_body, respond
+from service.clock import Clock
+from service.coalesce import Coalescer
+from service.idempotency import Idempotency
+from service.metrics import Metrics
+from service.plan import Outcome, Row
+from service.problems import CONTENT_TYPE, problem
+from service.rewards import Rewards
+from service.states import StateReader
+from service.tracing import Tracing
+from service.wire import (
+    ActBatchRequest,
+    ActBatchResponse,
+    Action,
+    ActRequest,
+    ActResponse,
+    decode_act,
+    decode_act_batch,
+    decode_reward,
+    decode_reward_batch,
+    encode,
+)
+
+log = structlog.get_logger(__name__)
+Headers = tuple[tuple[bytes, bytes], ...]
+Reply = tuple[int, bytes, Headers]
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A policy as the hot routes see it."""
+
+    name: str
+    observation: ObservationSpec
+    action: ActionSpec
+    states: StateReader
+    coalescer: Coalescer
+
+
+class HotRoutes:
+    """An ASGI application for the hot routes only. `paths` says which."""
+
+    def __init__(
+        self,
+        policies: Mapping[str, Served],
+        rewards: Rewards,
+        idempotency: Idempotency,
+        metrics: Metrics,
+        tracing: Tracing,
+        clock: Clock,
+        *,
+        token: str | None,
+        max_body_bytes: int,
+        body_timeout_s: float,
+        max_batch: int,
+    ) -> None:
+        self._policies = policies
+        self._only = next(iter(policies.values())) if len(policies) == 1 else None
+        self._rewards = rewards
+        self._idempotency = idempotency
+        self._metrics = metrics
+        self._tracing = tracing
+        self._clock = clock
+        self._token = token.encode() if token else None
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+        self._max_batch = max_batch
+        routes: dict[str, Callable[[Scope, bytes], Awaitable[Reply]]] = {
+            "/act": self._act,
+            "/act/batch": self._act_batch,
+            "/reward": self._reward,
+            "/reward/batch": self._reward_batch,
+        }
+        self.paths = {prefix + path: handle for path, handle in routes.items() for prefix in ("", "/v1")}
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Answer one request on one of `paths`."""
+        try:
+            self._authorise(scope)
+            if scope["method"] != "POST":
+                raise WrongMethod(f"{scope['path']} takes POST")
+            body = await read_body(scope, receive, self._max_body_bytes, self._body_timeout_s)
+            status, answer, headers = await self.paths[scope["path"]](scope, body)
+            await respond(send, status, answer, JSON, headers)
+        except Disconnected:
+            return
+        except SurefootError as error:
+            await self._refuse(scope, send, error)
+        except Exception:
+            log.exception("request_failed", path=scope["path"])
+            await self._refuse(scope, send, SurefootError("an unexpected error; it has been logged"))
+
+    def _authorise(self, scope: Scope) -> None:
+        if self._token is None:
+            return
+        given = (header(scope, b"authorization") or b"").removeprefix(b"Bearer ")
+        if not hmac.compare_digest(given, self._token):
+            raise Unauthorized("send the client token as `Authorization: Bearer …`")
+
+    async def _refuse(self, scope: Scope, send: Any, error: SurefootError) -> None:
+        self._metrics.problems.labels(error.code).inc()
+        extra: Headers = ()
+        if error.retry_after_s is not None:
+            extra = ((b"retry-after", b"%d" % error.retry_after_s),)
+        if isinstance(error, WrongMethod):
+            extra = ((b"allow", b"POST"),)
+        body = encode(problem(error, instance=scope["path"]))
+        await respond(send, error.status, body, CONTENT_TYPE.encode(), extra)
+
+    # -- /act ---------------------------------------------------------------------------------------------------------
+
+    async def _act(self, scope: Scope, body: bytes) -> Reply:
+        started_s = self._clock.monotonic_s()
+        request = decode_act(body)
+        policy = self._find(request.policy)
+        row = self._row(policy, request, self._tracing.parent(scope), started_s)
+        key = header(scope, b"idempotency-key")
+        if key is None:
+            return await self._decide_one(scope, policy, row)
+        return await self._idempotency.once(policy.name, key, body, lambda: self._decide_one(scope, policy, row))
+
+    async def _decide_one(self, scope: Scope, policy: Served, row: Row) -> Reply:
+        (outcome,) = await policy.coalescer.submit((row,))
+        if isinstance(outcome, SurefootError):
+            raise outcome
+        took_s = self._clock.monotonic_s() - row.arrived_s
+        self._metrics.version(outcome.policy, outcome.version).duration.observe(took_s)
+        return 200, encode(outcome), self._tracing.decision(outcome, row, took_s)
+
+    def _find(self, name: str | None) -> Served:
+        if name is None:
+            if self._only is None:
+                raise MissingField(f"name one of: {', '.join(sorted(self._policies))}", "policy")
+            return self._only
+        found = self._policies.get(name)
+        if found is None:
+            raise UnknownPolicy(f"there is no policy {name!r}", "policy")
+        return found
+
+    def _row(self, policy: Served, request: ActRequest, traceparent: str | None, arrived_s: float) -> Row:
+        state = policy.states.read(request.state)
+        _refuse_not_finite(policy, [state], ["state"])
+        return Row(
+            state=state,
+            key=request.key,
+            episode=request.episode,
+            step=request.step,
+            context=request.context,
+            allowed=_allowed(policy, request.allowed_actions, "allowed_actions"),
+            explore=request.explore,
+            include=request.include,
+            traceparent=traceparent,
+            arrived_s=arrived_s,
+        )
+
+    # -- /act/batch ---------------------------------------------------------------------------------------------------
+
+    async def _act_batch(self, scope: Scope, body: bytes) -> Reply:
+        started_s = self._clock.monotonic_s()
+        request = decode_act_batch(body)
+        policy = self._find(request.policy)
+        rows = self._rows(policy, request, self._tracing.parent(scope), started_s)
+        outcomes = await policy.coalescer.decide(rows)
+        for outcome in outcomes:
+            if isinstance(outcome, ActResponse):
+                took_s = self._clock.monotonic_s() - started_s
+                self._metrics.version(outcome.policy, outcome.version).duration.observe(took_s)
+        return 200, encode(_columns(policy.name, policy.coalescer.decider.plan.generation, outcomes)), ()
+
+    def _rows(self, policy: Served, request: ActBatchRequest, traceparent: str | None, arrived_s: float) -> list[Row]:
+        count = len(request.states)
+        if not 1 <= count <= self._max_batch:
+            raise InvalidField(f"there must be 1 to {self._max_batch} states, got {count}", "states")
+        columns = {
+            name: getattr(request, name) for name in ("keys", "episodes", "steps", "contexts", "allowed_actions")
+        }
+        for name, column in columns.items():
+            if column is not None and len(column) != count:
+                raise InvalidField(f"there are {count} states, but {len(column)} {name}", name)
+        names = [f"states[{index}]" for index in range(count)]
+        states = [policy.states.read(raw, name) for raw, name in zip(request.states, names, strict=True)]
+        _refuse_not_finite(policy, states, names)
+        empty = [None] * count
+        return [
+            Row(
+                state=states[i],
+                key=(columns["keys"] or empty)[i],
+                episode=(columns["episodes"] or empty)[i],
+                step=(columns["steps"] or empty)[i],
+                context=(columns["contexts"] or empty)[i],
+                allowed=_allowed(policy, (columns["allowed_actions"] or empty)[i], f"allowed_actions[{i}]"),
+                explore=request.explore,
+                traceparent=traceparent,
+                arrived_s=arrived_s,
+            )
+            for i in range(count)
+        ]
+
+    # -- /reward ------------------------------------------------------------------------------------------------------
+
+    async def _reward(self, scope: Scope, body: bytes) -> Reply:
+        response = await self._rewards.reward(decode_reward(body), self._tracing.parent(scope))
+        return 202, encode(response), ()
+
+    async def _reward_batch(self, scope: Scope, body: bytes) -> Reply:
+        response = await self._rewards.reward_batch(decode_reward_batch(body), self._tracing.parent(scope))
+        return 202, encode(response), ()
+
+
+def _allowed(policy: Served, actions: list[Action] | None, where: str) -> tuple[int, ...] | None:
+    if actions is None:
+        return None
+    return tuple(policy.action.index(action, f"{where}[{i}]") for i, action in enumerate(actions))
+
+
+def _refuse_not_finite(policy: Served, states: list[list[Any]], names: Sequence[str]) -> None:
+    """Refuse what the observation's dtype cannot hold; JSON itself has no NaN, but 1e300 is infinite as float32."""
+    array = policy.observation.array(states)
+    index = policy.observation.first_not_finite(array)
+    if index is not None:
+        found = policy.observation.refuse_not_finite(array[index])
+        raise NotFinite(found.detail, names[index] + (found.field or "").removeprefix("state"))
+
+
+_COLUMNS = (
+    "decision_id", "assigned_version", "version", "role", "action", "action_name", "propensity",
+    "propensity_reason", "explored", "fallback", "logged",
+)  # fmt: skip
+
+
+def _columns(policy: str, generation: int, outcomes: list[Outcome]) -> ActBatchResponse:
+    def column(read: Callable[[ActResponse], Any]) -> list[Any]:
+        return [read(outcome) if isinstance(outcome, ActResponse) else None for outcome in outcomes]
+
+    return ActBatchResponse(
+        policy=policy,
+        generation=generation,
+        **{name: column(lambda answer, name=name: getattr(answer, name)) for name in _COLUMNS},  # type: ignore[misc]
+        epsilon=column(lambda answer: answer.exploration.epsilon),
+        overridden=column(lambda answer: answer.safety.overridden),
+        errors=[problem(each, row=row) for row, each in enumerate(outcomes) if isinstance(each, SurefootError)],
+    )

@@ -1,0 +1,94 @@
+"""The hot routes in the OpenAPI document: schemas from the wire structs, with examples. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from service import wire
+
+STRUCTS = (
+    wire.ActRequest,
+    wire.ActResponse,
+    wire.ActBatchRequest,
+    wire.ActBatchResponse,
+    wire.RewardRequest,
+    wire.RewardResponse,
+    wire.RewardBatchRequest,
+    wire.RewardBatchResponse,
+    wire.Problem,
+)
+_STATE = {
+    "description": "The observation: a list in the order of the policy's features, or an object by feature name.",
+    "oneOf": [{"type": "array", "items": {}}, {"type": "object", "additionalProperties": {"type": "number"}}],
+}
+_ID = "019aa3f0c1d2" + "0" * 48
+_ACT = {"policy": "cartpole", "state": [0.01, -0.02, 0.03, 0.04], "episode": "e-1", "step": 0}
+_ACTED = {
+    "decision_id": _ID, "policy": "cartpole", "assigned_version": "v2", "version": "v2", "role": "champion",
+    "generation": 1, "action": 1, "action_name": "right", "propensity": 0.99, "propensity_reason": None,
+    "explored": False, "exploration": {"epsilon": 0.02, "left": None},
+    "safety": {"overridden": False, "proposed": "right", "rules": []}, "fallback": None, "logged": True,
+}  # fmt: skip
+_REWARD = {"decision_id": _ID, "reward": 1.0, "terminated": False}
+_ROUTES: dict[str, tuple[str, str, str, str, dict[str, Any], dict[str, Any]]] = {
+    "/v1/act": ("Ask for one action", "ActRequest", "ActResponse", "200", _ACT, _ACTED),
+    "/v1/act/batch": (
+        "Ask for an action for each of several states", "ActBatchRequest", "ActBatchResponse", "200",
+        {"policy": "cartpole", "states": [[0.01, -0.02, 0.03, 0.04], [0.0, 0.0, 0.0, 0.0]]}, {},
+    ),
+    "/v1/reward": (
+        "Reward a decision", "RewardRequest", "RewardResponse", "202", _REWARD,
+        {"decision_id": _ID, "reward_id": None, "status": "joined", "duplicate": False},
+    ),
+    "/v1/reward/batch": (
+        "Reward several decisions", "RewardBatchRequest", "RewardBatchResponse", "202", {"rewards": [_REWARD]}, {},
+    ),
+}  # fmt: skip
+_PROBLEMS = {
+    "400": "Not JSON", "401": "No valid token", "404": "Unknown policy or decision", "408": "The body came too slowly",
+    "409": "Conflict", "413": "The body is too large", "422": "A field is wrong", "503": "Not kept; try again later",
+}  # fmt: skip
+
+
+def schemas() -> dict[str, Any]:
+    """JSON schemas of all wire structs, by name."""
+    _, components = msgspec.json.schema_components(STRUCTS, ref_template="#/components/schemas/{name}")
+    for name, field in (("ActRequest", "state"), ("RewardRequest", "next_state")):
+        components[name]["properties"][field] = _STATE
+    components["ActBatchRequest"]["properties"]["states"] = {"type": "array", "items": _STATE, "minItems": 1}
+    return dict(components)
+
+
+def paths() -> dict[str, Any]:
+    """Path items of the hot routes."""
+    return {path: {"post": _operation(path)} for path in _ROUTES}
+
+
+def _operation(path: str) -> dict[str, Any]:
+    summary, request, response, status, sent, received = _ROUTES[path]
+    answers = {
+        code: _content(text, "Problem", {}, "application/problem+json") for code, text in sorted(_PROBLEMS.items())
+    }
+    parameters = []
+    if path == "/v1/act":
+        parameters = [
+            {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 257},
+             "description": "A repeat under the same key returns the stored answer."}
+        ]  # fmt: skip
+    return {
+        "operationId": path.removeprefix("/v1/").replace("/", "_"),
+        "summary": summary,
+        "tags": ["decisions"],
+        "parameters": parameters,
+        "requestBody": {"required": True, **_content("", request, sent)},
+        "responses": {status: _content(summary, response, received), **answers},
+    }
+
+
+def _content(text: str, schema: str, example: dict[str, Any], media: str = "application/json") -> dict[str, Any]:
+    body: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+    if example:
+        body["example"] = example
+    return {"description": text, "content": {media: body}} if text else {"content": {media: body}}

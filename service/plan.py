@@ -1,0 +1,93 @@
+"""What one decision is made of and made with: rows, loaded versions, the plan in force. Frozen values, no behaviour.
+
+A `Plan` is everything that routing and inference read. A pipeline takes hold of one plan before inference and keeps it
+to the end, so one decision is made wholly by one version and one generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from policies.bundle import PolicyBundle
+from policies.engine import Engine
+from policies.errors import SurefootError
+from policies.explore import Behaviour
+from policies.route import Assignment, Routes
+from policies.types import ActionSpec, Ints, ObservationSpec, Target
+from safety.types import Constraint
+from service.metrics import VersionMetrics
+from service.wire import ActResponse
+
+Outcome = ActResponse | SurefootError  # what a row is answered with
+
+
+@dataclass(slots=True)
+class Row:
+    """One state to decide on, checked against the policy's spec."""
+
+    state: list[object]  # in the spec's order and shape
+    key: str | None = None
+    episode: str | None = None
+    step: int | None = None
+    context: dict[str, object] | None = None
+    allowed: tuple[int, ...] | None = None
+    explore: bool = True
+    include: tuple[str, ...] = ()
+    traceparent: str | None = None
+    arrived_s: float = 0.0  # monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedVersion:
+    bundle: PolicyBundle
+    engine: Engine
+    metrics: VersionMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The control state of one policy, as decisions read it."""
+
+    policy: str
+    digest: bytes  # four bytes that stand for the policy in ids
+    generation: int
+    routes: Routes
+    versions: Mapping[str, LoadedVersion]
+    window_ms: int  # the reward window
+    observation: ObservationSpec
+    action: ActionSpec
+
+
+@dataclass(slots=True)
+class Group:
+    """Rows of a batch that one version decides, in the order in which the pipeline fills its fields."""
+
+    version: LoadedVersion
+    index: list[int]  # where each row stands in the batch
+    rows: list[Row]
+    ids: list[str]
+    assignments: list[Assignment]
+    switched: list[bool]
+    states: npt.NDArray[np.floating]  # [B, *shape]
+    outputs: npt.NDArray[np.floating] | None = None  # [B, n], None: the network failed
+    infer_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A group after the draw: everything that is recorded and answered. All arrays are [B] or [B, n]."""
+
+    group: Group
+    target: Target
+    constraint: Constraint
+    behaviour: Behaviour
+    proposed: Ints
+    masked_mass: npt.NDArray[np.float64]
+    actions: Ints
+    explored: npt.NDArray[np.bool_]
+    propensity: npt.NDArray[np.float64]
+    passed: npt.NDArray[np.bool_]  # the independent check

@@ -1,0 +1,214 @@
+"""`/reward`: from a request to a durable reward event and the join's verdict.
+
+    read -> verify -> record -> verdict -> answer
+
+Duty: check a reward against the decision id it names and the policy it belongs to, record it, wait a moment for the
+join. It knows nothing of HTTP or Redis.
+Promise: an answer other than a problem leaves after the event's commit; whatever Redis does, nothing acknowledged is
+lost, and the same reward may be sent again at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol, cast
+
+import msgspec
+
+from policies.errors import DecisionExpired, InvalidField, NotFinite, RewardConflict, SurefootError, UnknownDecision
+from policies.types import ActionSpec, ObservationSpec
+from service.clock import Clock
+from service.decision import Event, RewardEvent, RewardFlags, RewardRecord, encode_events, encode_record
+from service.ids import DecisionId, Keyring
+from service.ledger import Appended, Ledger
+from service.metrics import Metrics
+from service.states import StateReader
+from service.wire import RewardBatchRequest, RewardBatchResponse, RewardRequest, RewardResponse, Verdict
+
+
+class Verdicts(Protocol):
+    """Where the join's verdicts come from: the shipper."""
+
+    def verdict(self, policy: str, seq: int) -> asyncio.Future[str]: ...
+
+    def kick(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rewarded:
+    """What rewards of one policy are checked against."""
+
+    policy: str
+    observation: ObservationSpec
+    action: ActionSpec
+    states: StateReader
+    window_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    request: RewardRequest
+    decision: DecisionId
+    event: RewardEvent
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    policy: str
+    indices: list[int]
+    appended: Appended
+    verdicts: list[asyncio.Future[str]]
+
+
+class Rewards:
+    """Accepts rewards for all policies, given by the four bytes that stand for them in decision ids."""
+
+    def __init__(
+        self,
+        policies: Mapping[bytes, Rewarded],
+        ledger: Ledger,
+        verdicts: Verdicts,
+        keyring: Keyring,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        record_ttl_ms: int,
+        verdict_wait_s: float,
+    ) -> None:
+        self._policies = policies
+        self._ledger = ledger
+        self._verdicts = verdicts
+        self._keyring = keyring
+        self._clock = clock
+        self._metrics = metrics
+        self._record_ttl_ms = record_ttl_ms
+        self._verdict_wait_s = verdict_wait_s
+
+    def find(self, decision_id: str) -> tuple[DecisionId, Rewarded]:
+        """Verify an id and find its policy. Raises UnknownDecision or DecisionExpired."""
+        decision = self._keyring.verify(decision_id)
+        policy = self._policies.get(decision.policy)
+        if policy is None:
+            raise UnknownDecision("this decision belongs to a policy that is not loaded here", "decision_id")
+        if self._clock.event_ms() > decision.at_ms + policy.window_ms + self._record_ttl_ms:
+            raise DecisionExpired("this decision's record has expired", "decision_id")
+        return decision, policy
+
+    async def reward(self, request: RewardRequest, traceparent: str | None = None) -> RewardResponse:
+        """Accept one reward. Raises what `find` raises, InvalidField, RewardConflict, LedgerFull or LedgerBroken."""
+        (response,) = await self._accept([self._check(request, traceparent)])
+        if response.status == "conflict":
+            raise RewardConflict(
+                "another reward stands for this decision under the same reward_id; use a new reward_id", "reward"
+            )
+        return response
+
+    async def reward_batch(self, request: RewardBatchRequest, traceparent: str | None = None) -> RewardBatchResponse:
+        """Accept rewards together. All are checked before any is kept; conflicts are reported one by one."""
+        checked = []
+        for index, each in enumerate(request.rewards):
+            try:
+                checked.append(self._check(each, traceparent))
+            except SurefootError as error:
+                raise error.within(f"rewards[{index}]") from None
+        if not checked:
+            raise InvalidField("there must be at least one reward", "rewards")
+        return RewardBatchResponse(await self._accept(checked))
+
+    def _check(self, request: RewardRequest, traceparent: str | None) -> _Checked:
+        decision, policy = self.find(request.decision_id)
+        if not math.isfinite(request.reward):
+            raise NotFinite("the reward is not finite", "reward")
+        if request.terminated and request.truncated:
+            raise InvalidField("an episode ends either terminated or truncated", "truncated")
+        executed_action = -1
+        if request.executed_action is not None:
+            executed_action = policy.action.index(request.executed_action, "executed_action")
+        at_ms = self._clock.event_ms()
+        event = RewardEvent(
+            id=request.decision_id,
+            reward_id=request.reward_id or "",
+            digest=_digest(request),
+            at_ms=at_ms,
+            until_ms=at_ms + policy.window_ms,
+            flags=_flags(request),
+            executed_action=executed_action,
+            next_state=_next_state(request, policy),
+            reward=repr(request.reward),
+            record=encode_record(RewardRecord(metrics=request.metrics, traceparent=traceparent)),
+        )
+        return _Checked(request, decision, event)
+
+    async def _accept(self, checked: Sequence[_Checked]) -> list[RewardResponse]:
+        by_policy: dict[str, list[int]] = {}
+        for index, each in enumerate(checked):
+            by_policy.setdefault(self._policies[each.decision.policy].policy, []).append(index)
+        # Event times are stamped in `_check`; nothing is awaited between there and here.
+        recorded = [self._append(policy, indices, checked) for policy, indices in by_policy.items()]
+        responses: dict[int, RewardResponse] = {}
+        try:
+            for each in recorded:
+                await each.appended.committed
+            self._verdicts.kick()
+            waiting = [future for each in recorded for future in each.verdicts]
+            await asyncio.wait(waiting, timeout=self._verdict_wait_s)
+            for each in recorded:
+                for index, future in zip(each.indices, each.verdicts, strict=True):
+                    responses[index] = self._respond(each.policy, checked[index], future)
+        finally:
+            for each in recorded:
+                for future in each.verdicts:
+                    future.cancel()
+        return [responses[index] for index in range(len(checked))]
+
+    def _append(self, policy: str, indices: list[int], checked: Sequence[_Checked]) -> _Recorded:
+        events: list[Event] = [checked[index].event for index in indices]
+        appended = self._ledger.append_nowait(policy, len(events), encode_events(events), checked[indices[0]].event.at_ms)
+        seqs = range(appended.first_seq, appended.first_seq + len(events))
+        return _Recorded(policy, indices, appended, [self._verdicts.verdict(policy, seq) for seq in seqs])
+
+    def _respond(self, policy: str, checked: _Checked, future: asyncio.Future[str]) -> RewardResponse:
+        verdict = future.result() if future.done() and not future.cancelled() else "accepted"
+        duplicate = verdict == "duplicate"
+        status = cast(Verdict, "joined" if duplicate else verdict)
+        self._metrics.rewards.labels(policy, "duplicate" if duplicate else status).inc()
+        if status in ("joined", "early", "accepted") and not duplicate:
+            self._metrics.reward_sum.labels(policy).inc(checked.request.reward)
+            delay_s = max(0, checked.event.at_ms - checked.decision.at_ms) / 1000
+            self._metrics.reward_delay.labels(policy).observe(delay_s)
+        return RewardResponse(checked.request.decision_id, checked.request.reward_id, status, duplicate)
+
+
+def _digest(request: RewardRequest) -> str:
+    """Digest of the canonical body: field order and spacing do not matter, values do."""
+    fields = msgspec.structs.asdict(request)
+    fields["next_state"] = msgspec.json.decode(request.next_state) if request.next_state is not None else None
+    canonical = msgspec.json.encode(fields, order="deterministic")
+    return blake2b(canonical, digest_size=8).hexdigest()
+
+
+def _flags(request: RewardRequest) -> int:
+    flags = RewardFlags.NONE
+    if request.terminated:
+        flags |= RewardFlags.TERMINATED
+    if request.truncated:
+        flags |= RewardFlags.TRUNCATED
+    if request.final:
+        flags |= RewardFlags.FINAL
+    if not request.executed:
+        flags |= RewardFlags.NOT_EXECUTED
+    return int(flags)
+
+
+def _next_state(request: RewardRequest, policy: Rewarded) -> bytes:
+    if request.next_state is None:
+        return b""
+    state = policy.observation.array([policy.states.read(request.next_state, "next_state")])
+    if policy.observation.first_not_finite(state) is not None:
+        found = policy.observation.refuse_not_finite(state[0])
+        raise NotFinite(found.detail, "next_" + (found.field or "state"))
+    return state.astype(policy.observation.wire_dtype).tobytes()

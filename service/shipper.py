@@ -1,0 +1,322 @@
+"""The shipping loop: takes committed rows from every lane to the join in Redis, in order, until Redis has them.
+
+Duty: when to call, with what, and what an answer means for the lane. Knows nothing of Redis commands, files or what is
+in a blob. One task for all lanes; one call in flight.
+Strategy: Redis remembers the last seq it applied from each producer. Whatever happens (lost reply, restart, failover,
+FLUSHALL, restored backup), either it skips what it has, or it answers `Gap last` and we ship again from there. Waiting
+between attempts happens here and nowhere else.
+Promise: no committed event is stepped over but those that cannot be read any more (counted lost) and those that Redis
+refuses by themselves (kept aside, counted rejected).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from policies.errors import StoreAway
+from service.clock import Clock
+from service.lanes import Lane
+from service.ledger import Ledger
+from service.spool_file import Row
+from service.verdicts import Verdicts
+
+BATCH_EVENTS = 64  # a call goes out at once when this many wait
+MAX_EVENTS = 256
+MAX_BYTES = 4 << 20
+LINGER_S = 0.05
+HEARTBEAT_S = 1.0
+TIDY_S = 5.0
+MAX_BACKOFF_S = 1.0
+FIRST_BACKOFF_S = 0.02
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ShipCall:
+    """One call of the join: `count` events of one lane from `first_seq` on, or a heartbeat with none."""
+
+    policy: str
+    producer: str
+    epoch: int
+    first_seq: int
+    count: int
+    through_ms: int
+    now_ms: int
+    force: bool = False  # first_seq is right although it lies beyond what Redis has: the hole is known
+    bye: bool = False  # nothing more comes from this lane
+    blobs: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    last: int
+    verdicts: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    last: int
+
+
+class Streams(Protocol):
+    """The join in Redis."""
+
+    async def ship(self, call: ShipCall) -> Shipped | Gap:
+        """Raises StoreAway when it may work later, Refused when Redis will not take these events."""
+
+
+class Refused(Exception):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class ShipperStatistics:
+    calls: int
+    gaps: int
+    failures: int  # calls that Redis did not answer
+    away_since_s: float | None  # by the monotonic clock; None: the last call was answered
+    waiting_verdicts: int
+
+
+class Shipper:
+    def __init__(
+        self, ledger: Ledger, streams: Streams, clock: Clock, *, jitter: Callable[[], float] = random.random
+    ) -> None:
+        self._ledger = ledger
+        self._streams = streams
+        self._clock = clock
+        self._jitter = jitter
+        self._verdicts = Verdicts()
+        self._turn = asyncio.Lock()  # `run` and `drain` take turns
+        self._wake = asyncio.Event()
+        self._hurry = False
+        self._closing = False
+        self._tidied_s = float("-inf")
+        self._retry_s = float("-inf")  # not before this time
+        self._attempts = 0
+        self._away_since_s: float | None = None
+        self._calls = self._gaps = self._failures = 0
+        ledger.on_commit = self._on_commit
+
+    # For the rest of the service
+
+    def register(self, policy: str) -> None:
+        """Announce this producer for a policy: from the first heartbeat on, deadlines wait for what it ships."""
+        self._ledger.register(policy)
+        self._wake.set()
+
+    def verdict(self, policy: str, seq: int) -> asyncio.Future[str]:
+        """Give a future for the join's verdict on the reward event `seq`. Cancel it when waiting no longer."""
+        return self._verdicts.expect(policy, seq)
+
+    def kick(self) -> None:
+        """Ship what is committed at once: somebody is waiting."""
+        self._hurry = True
+        self._wake.set()
+
+    def statistics(self) -> ShipperStatistics:
+        return ShipperStatistics(self._calls, self._gaps, self._failures, self._away_since_s, len(self._verdicts))
+
+    # The loop
+
+    async def run(self) -> None:
+        """Ship until `drain` is called. Survives whatever one turn raises."""
+        while not self._closing:
+            try:
+                progress = await self.run_once()
+            except Exception:
+                log.exception("shipping_failed")
+                self._back_off()
+                progress = False
+            if not progress:
+                await self._idle(HEARTBEAT_S)
+
+    async def run_once(self) -> bool:
+        """Visit every lane once, with one call at most for each. Return whether events moved."""
+        async with self._turn:
+            if self._clock.monotonic_s() < self._retry_s:
+                return False
+            await self._tidy()
+            self._hurry, hurry = False, self._hurry
+            progress = False
+            for lane in self._ledger.lanes():
+                try:
+                    progress |= await self._visit(lane, hurry or self._closing)
+                except StoreAway as error:
+                    self._hurry |= hurry
+                    self._back_off(error.detail)
+                    return False
+            return progress
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Ship all that is left, say bye, end `run`. Gives up after `deadline_s`; return whether nothing is left."""
+        self._closing = True
+        until = self._clock.monotonic_s() + deadline_s
+        while not self._finished():
+            left = until - self._clock.monotonic_s()
+            if left <= 0:
+                return False
+            with contextlib.suppress(TimeoutError):
+                progress = await asyncio.wait_for(self.run_once(), left)
+                if not progress and not self._finished():
+                    await self._idle(min(left, LINGER_S))
+        return True
+
+    def _finished(self) -> bool:
+        return all(lane.drained and lane.said_bye for lane in self._ledger.lanes())
+
+    async def _idle(self, most_s: float) -> None:
+        """Wait until something is due or somebody wakes us."""
+        now = self._clock.monotonic_s()
+        wait_s = min([most_s, *(self._due_s(lane) - now for lane in self._ledger.lanes())])
+        wait_s = max(wait_s, self._retry_s - now)
+        if wait_s > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+        self._wake.clear()
+
+    def _due_s(self, lane: Lane) -> float:
+        beat = lane.called_s + HEARTBEAT_S
+        return beat if lane.waiting_since_s is None else min(beat, lane.waiting_since_s + LINGER_S)
+
+    def _on_commit(self, lane: Lane) -> None:
+        if lane.waiting_since_s is None:
+            lane.waiting_since_s = self._clock.monotonic_s()
+            self._wake.set()
+        elif lane.end - lane.next_seq >= BATCH_EVENTS:
+            self._wake.set()
+
+    async def _tidy(self) -> None:
+        now = self._clock.monotonic_s()
+        if now - self._tidied_s >= TIDY_S and not self._closing:
+            self._tidied_s = now
+            await self._ledger.tidy()
+
+    # One lane
+
+    async def _visit(self, lane: Lane, hurry: bool) -> bool:
+        now = self._clock.monotonic_s()
+        if not lane.known:
+            return await self._call(lane, [])
+        if lane.next_seq < lane.end and (hurry or self._ripe(lane, now)):
+            return await self._ship(lane)
+        bye_is_due = self._closing and lane.drained and not lane.said_bye
+        if bye_is_due or now - lane.called_s >= HEARTBEAT_S:
+            await self._call(lane, [])
+        return False
+
+    def _ripe(self, lane: Lane, now: float) -> bool:
+        if not lane.live or lane.stored or lane.end - lane.next_seq >= BATCH_EVENTS:
+            return True
+        return lane.waiting_since_s is None or now - lane.waiting_since_s >= LINGER_S
+
+    async def _ship(self, lane: Lane) -> bool:
+        rows = await self._next_rows(lane)
+        if not rows:
+            self._step_over(lane, lane.stop)
+            return True
+        if rows[0].first_seq > lane.next_seq:
+            self._step_over(lane, rows[0].first_seq)
+        try:
+            return await self._call(lane, rows)
+        except Refused as refusal:
+            return await self._isolate(lane, rows, str(refusal))
+
+    async def _next_rows(self, lane: Lane) -> list[Row]:
+        """Take the next rows, without a hole between them."""
+        if lane.stored:
+            rows = await self._ledger.read(lane, MAX_EVENTS, MAX_BYTES)
+            if rows:
+                lane.head_ms = rows[0].at_ms
+        else:
+            rows = lane.from_window(MAX_EVENTS, MAX_BYTES)
+        whole = rows[:1]
+        for row in rows[1 : lane.row_limit]:
+            if row.first_seq != whole[-1].end:
+                break
+            whole.append(row)
+        return whole
+
+    def _step_over(self, lane: Lane, seq: int) -> None:
+        if lost := lane.skip(seq):
+            log.error("events_lost", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, lost=lost)
+
+    async def _call(self, lane: Lane, rows: list[Row]) -> bool:
+        """Make one call and move the lane by its answer. Return whether the lane moved."""
+        bye = not rows and lane.drained and (self._closing or not lane.live)
+        call = self._build(lane, rows, bye)
+        before = lane.known, lane.next_seq
+        reply = await self._streams.ship(call)
+        self._answered(lane)
+        if isinstance(reply, Gap):
+            self._gaps += 1
+            log.warning("join_gap", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)
+            lane.rewind(reply.last)
+            return before != (lane.known, lane.next_seq)
+        if reply.last >= lane.assigned:
+            log.error("join_is_ahead", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)
+        lane.ack(reply.last)
+        lane.said_bye = bye
+        lane.waiting_since_s = None if lane.next_seq >= lane.end else self._clock.monotonic_s()
+        if lane.row_limit is not None and rows:
+            lane.row_limit *= 2
+            lane.row_limit = None if lane.row_limit > MAX_EVENTS else lane.row_limit
+        if lane.live:
+            for seq, verdict in reply.verdicts:
+                self._verdicts.resolve(lane.policy, seq, verdict)
+        return before != (lane.known, lane.next_seq)
+
+    def _build(self, lane: Lane, rows: list[Row], bye: bool) -> ShipCall:
+        first = rows[0].first_seq if rows else lane.applied
+        now_ms = self._clock.event_ms()
+        return ShipCall(
+            policy=lane.policy,
+            producer=lane.producer,
+            epoch=lane.epoch,
+            first_seq=first,
+            count=sum(row.count for row in rows),
+            through_ms=lane.through_ms(rows, now_ms),
+            now_ms=now_ms,
+            force=first > lane.applied,
+            bye=bye,
+            blobs=tuple(row.blob for row in rows),
+        )
+
+    def _answered(self, lane: Lane) -> None:
+        lane.called_s = self._clock.monotonic_s()
+        self._calls += 1
+        self._attempts = 0
+        self._away_since_s = None
+
+    def _back_off(self, detail: str = "") -> None:
+        """Wait before the next call: exponential with full jitter, so that workers do not return in step."""
+        now = self._clock.monotonic_s()
+        if self._away_since_s is None:
+            self._away_since_s = now
+            log.warning("join_away", detail=detail)
+        self._failures += 1
+        ceiling = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._attempts, 10))
+        self._attempts += 1
+        self._retry_s = now + ceiling * self._jitter()
+
+    async def _isolate(self, lane: Lane, rows: list[Row], reason: str) -> bool:
+        """Find the row that Redis refuses, by halves; keep it aside once it stands alone."""
+        if len(rows) > 1:
+            lane.row_limit = len(rows) // 2
+            return True
+        try:
+            # Where Redis refuses even a heartbeat the row is not to blame.
+            if await self._call(lane, []):
+                return True
+        except Refused as refusal:
+            raise StoreAway(f"Redis refuses every call: {refusal}") from refusal
+        await self._ledger.reject(lane, rows[0], reason)
+        return True

@@ -1,0 +1,164 @@
+"""The `serve` parent: owns the listening socket, the embedded Valkey and the worker; serves nothing itself.
+
+Strategy: synchronous code with one loop that wakes twice a second or at a signal. The parent binds the socket, so a
+worker that dies is replaced without a refused connection. Valkey is started first and stopped last, after the worker's
+final ship.
+Promise: Ctrl-C and SIGTERM leave no process behind; if the parent itself is killed, the worker leaves by itself and the
+next start adopts the Valkey.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess  # workers are this program again
+import sys
+import time
+
+import structlog
+
+from policies.errors import ConfigError
+from service.settings import Settings
+from service.valkey import EmbeddedValkey
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.5
+# How long a port may stay taken by the worker of a parent that was killed a moment ago.
+BIND_WAIT_S = 10.0
+# Beyond drain delay and grace: flush, ship and exit.
+EXIT_S = 15.0
+RESTART_PAUSE_S = 1.0
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal says otherwise. Gives the exit code."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    stop = _Stop()
+    valkey = EmbeddedValkey(settings.data_dir) if settings.redis_url is None else None
+    listener = _bind(settings.host, settings.port)
+    try:
+        redis_url = valkey.start() if valkey else _secret(settings)
+        return _supervise(settings, listener, redis_url, valkey, stop)
+    finally:
+        listener.close()
+        if valkey:
+            valkey.stop()
+
+
+def _secret(settings: Settings) -> str:
+    assert settings.redis_url is not None
+    return settings.redis_url.get_secret_value()
+
+
+class _Stop:
+    """Remembers that SIGTERM or SIGINT came, and wakes the loop that sleeps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until a signal comes, at most so long."""
+        import select
+
+        if select.select([self._read], [], [], seconds)[0]:
+            os.read(self._read, 512)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+class _Worker:
+    """One worker process, and the pipe whose closing tells it that the parent is gone."""
+
+    def __init__(self, listener: socket.socket, redis_url: str, environment: dict[str, str]) -> None:
+        read, self._write = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "service.worker", str(listener.fileno()), str(read), redis_url],
+            pass_fds=(listener.fileno(), read),
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the parent, which tells the worker
+        )
+        os.close(read)
+        log.info("worker_started", pid=self._process.pid)
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self, timeout_s: float, stop: _Stop) -> int:
+        """Ask the worker to drain and leave; kill it when it does not."""
+        deadline = time.monotonic() + timeout_s
+        self._process.terminate()
+        while self._process.poll() is None and time.monotonic() < deadline:
+            stop.wait(TICK_S)
+        if self._process.poll() is None:
+            log.error("worker_killed", pid=self._process.pid)
+            self._process.kill()
+        return self._process.wait()
+
+    def close(self) -> None:
+        os.close(self._write)
+
+
+def _supervise(
+    settings: Settings, listener: socket.socket, redis_url: str, valkey: EmbeddedValkey | None, stop: _Stop
+) -> int:
+    environment = _environment(settings)
+    worker, began = _Worker(listener, redis_url, environment), time.monotonic()
+    host, port = listener.getsockname()[:2]
+    log.info("listening", url=f"http://{host}:{port}", data_dir=str(settings.data_dir))
+    code = 0
+    while not stop.asked:
+        stop.wait(TICK_S)
+        if valkey and valkey.ensure():
+            log.error("valkey_restarted")
+        if worker.exit_code is not None and not stop.asked:
+            code = worker.exit_code
+            log.error("worker_died", exit_code=code)
+            worker.close()
+            if code == 1 and time.monotonic() - began < EXIT_S:
+                return 1  # it cannot start: the reason stands in the log, and would not change
+            stop.wait(RESTART_PAUSE_S)
+            worker, began = _Worker(listener, redis_url, environment), time.monotonic()
+    listener.close()
+    worker.stop(settings.drain_delay_s + settings.grace_s + EXIT_S, stop)
+    worker.close()
+    log.info("stopped")
+    return 0
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """The worker's environment: the parent's, with the admin token that was printed."""
+    environment = dict(os.environ)
+    if settings.admin_token is None:
+        environment["SUREFOOT_ADMIN_TOKEN"] = token = secrets.token_urlsafe(24)
+        print(f"admin token for this run: {token}", file=sys.stderr, flush=True)  # noqa: T201
+    return environment
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Bind and listen. Raises ConfigError when the address stays taken or is not ours."""
+    deadline = time.monotonic() + BIND_WAIT_S
+    while True:
+        try:
+            listener = socket.create_server((host, port), backlog=2048, family=_family(host))
+        except OSError as error:
+            if time.monotonic() > deadline or not isinstance(error, OSError) or error.errno != 98:
+                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", "SUREFOOT_PORT") from None
+            time.sleep(0.1)
+            continue
+        listener.set_inheritable(True)
+        return listener
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
