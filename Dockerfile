@@ -46,11 +46,12 @@ COPY --from=build /opt/surefoot /opt/surefoot
 ENV PATH=/opt/surefoot/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1 \
     HOME=/tmp \
     SUREFOOT_HOST=0.0.0.0 \
     SUREFOOT_PORT=8080 \
     SUREFOOT_DATA_DIR=/var/lib/surefoot
-WORKDIR /tmp
+WORKDIR /
 USER 10001:10001
 VOLUME /var/lib/surefoot
 EXPOSE 8080

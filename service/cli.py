@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -72,11 +73,13 @@ def check(path: Path) -> None:
 
 
 @app.command()
-def replay(decision_id: str, url: Annotated[str, typer.Option(envvar="SUREFOOT_URL")] = "http://127.0.0.1:8080") -> None:
-    """Draw a recorded decision again, from its record and the signing keys, and compare."""
-    from service.replay import replay_over_http
+def replay(decision_id: str) -> None:
+    """Draw a recorded decision again, from its record in Redis and the signing keys; exit code 1 if it differs."""
+    from service.replay import replay_decision
 
-    print(json.dumps(replay_over_http(decision_id, url, load_settings()), indent=2))
+    outcome = asyncio.run(replay_decision(decision_id, load_settings()))
+    print(json.dumps(outcome, indent=2))
+    raise typer.Exit(0 if outcome["same"] else 1)
 
 
 @transitions.command("tail")
@@ -87,10 +90,11 @@ def tail(
     limit: Annotated[int | None, typer.Option(help="Stop after so many.")] = None,
 ) -> None:
     """Print transitions as JSON lines, oldest first."""
-    from service.transitions_tail import tail as read
+    from service.replay import redis_url_of
+    from surefoot.streams import tail as read
 
     number = 0
-    for transition in read(policy, load_settings(), follow=follow, limit=limit):
+    for transition in read(policy, redis_url_of(load_settings()), follow=follow, limit=limit):
         number += 1
         if not count:
             print(json.dumps(transition))

@@ -48,6 +48,7 @@ class Lane:
     # The shipper's, by its monotonic clock:
     waiting_since_s: float | None = None  # since when a committed row has been waiting here
     called_s: float = float("-inf")
+    blocked_until_s: float = float("-inf")  # Redis answers, but refuses this lane altogether
     row_limit: int | None = None  # most rows in a call, while a row that Redis refuses is being searched
     said_bye: bool = False
 

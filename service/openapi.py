@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from service import wire
+import service.wire as wire
 
 STRUCTS = (
     wire.ActRequest,

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from policies.bundle import PolicyBundle
-from policies.engine import Engine
 from policies.errors import SurefootError
 from policies.explore import Behaviour
 from policies.route import Assignment, Routes
 from policies.types import ActionSpec, Ints, ObservationSpec, Target
 from safety.types import Constraint
-from service.metrics import VersionMetrics
 from service.wire import ActResponse
+
+if TYPE_CHECKING:
+    from policies.engine import Engine
+    from service.metrics import VersionMetrics
 
 Outcome = ActResponse | SurefootError  # what a row is answered with
 

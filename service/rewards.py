@@ -151,17 +151,17 @@ class Rewards:
         recorded = [self._append(policy, indices, checked) for policy, indices in by_policy.items()]
         responses: dict[int, RewardResponse] = {}
         try:
-            for each in recorded:
-                await each.appended.committed
+            for part in recorded:
+                await part.appended.committed
             self._verdicts.kick()
-            waiting = [future for each in recorded for future in each.verdicts]
+            waiting = [future for part in recorded for future in part.verdicts]
             await asyncio.wait(waiting, timeout=self._verdict_wait_s)
-            for each in recorded:
-                for index, future in zip(each.indices, each.verdicts, strict=True):
-                    responses[index] = self._respond(each.policy, checked[index], future)
+            for part in recorded:
+                for index, future in zip(part.indices, part.verdicts, strict=True):
+                    responses[index] = self._respond(part.policy, checked[index], future)
         finally:
-            for each in recorded:
-                for future in each.verdicts:
+            for part in recorded:
+                for future in part.verdicts:
                     future.cancel()
         return [responses[index] for index in range(len(checked))]
 

@@ -84,7 +84,7 @@ class Runtime:
         self.metrics.unshipped.set(now.unshipped_events)
         oldest_ms = now.oldest_unshipped_ms
         self.metrics.oldest.set(max(0.0, time.time() - oldest_ms / 1000) if oldest_ms else 0.0)
-        self.metrics.ledger_bytes.set(now.bytes_in_memory)
+        self.metrics.ledger_bytes.set(now.held_bytes)
         self.metrics.lost.set(now.lost_events)
         self.metrics.corrupt.set(now.corrupt_rows)
 
@@ -95,9 +95,9 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
     async with contextlib.AsyncExitStack() as stack:
         clock = SystemClock()
         metrics = Metrics(registry)
-        streams = RedisStreams(connect(redis_url))
-        stack.push_async_callback(streams.aclose)
         stored = read_directory(settings.policies or BUNDLED)
+        streams = RedisStreams(connect(redis_url), _join_configs(stored, settings))
+        stack.push_async_callback(streams.aclose)
         device = ThreadPoolExecutor(1, thread_name_prefix="inference")
         stack.callback(device.shutdown)
         plans = {each.name: load_plan(each, settings, metrics) for each in stored}
@@ -111,7 +111,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             min_free_bytes=settings.spool_min_free_bytes,
         )
         stack.push_async_callback(ledger.aclose)
-        shipper = Shipper(ledger, streams, clock, _join_configs(stored, settings))
+        shipper = Shipper(ledger, streams, clock)
         stack.push_async_callback(shipper.drain, settings.grace_s)
         tracing = Tracing.from_environment(settings.trace_sample)
         stack.callback(tracing.close)

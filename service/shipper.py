@@ -125,6 +125,11 @@ class Shipper:
     def statistics(self) -> ShipperStatistics:
         return ShipperStatistics(self._calls, self._gaps, self._failures, self._away_since_s, len(self._verdicts))
 
+    @property
+    def retry_in_s(self) -> float:
+        """How long until the next call may be made; 0 when Redis is not away."""
+        return max(0.0, self._retry_s - self._clock.monotonic_s())
+
     # The loop
 
     async def run(self) -> None:
@@ -159,6 +164,7 @@ class Shipper:
     async def drain(self, deadline_s: float) -> bool:
         """Ship all that is left, say bye, end `run`. Gives up after `deadline_s`; return whether nothing is left."""
         self._closing = True
+        self._wake.set()
         until = self._clock.monotonic_s() + deadline_s
         while not self._finished():
             left = until - self._clock.monotonic_s()
@@ -185,7 +191,8 @@ class Shipper:
 
     def _due_s(self, lane: Lane) -> float:
         beat = lane.called_s + HEARTBEAT_S
-        return beat if lane.waiting_since_s is None else min(beat, lane.waiting_since_s + LINGER_S)
+        due = beat if lane.waiting_since_s is None else min(beat, lane.waiting_since_s + LINGER_S)
+        return max(due, lane.blocked_until_s)
 
     def _on_commit(self, lane: Lane) -> None:
         if lane.waiting_since_s is None:
@@ -204,6 +211,16 @@ class Shipper:
 
     async def _visit(self, lane: Lane, hurry: bool) -> bool:
         now = self._clock.monotonic_s()
+        if now < lane.blocked_until_s:
+            return False
+        try:
+            return await self._advance(lane, hurry, now)
+        except Refused as refusal:  # of a heartbeat: the lane waits, the others go on
+            log.error("lane_refused", policy=lane.policy, producer=lane.producer, reason=str(refusal))
+            lane.blocked_until_s = now + MAX_BACKOFF_S
+            return False
+
+    async def _advance(self, lane: Lane, hurry: bool, now: float) -> bool:
         if not lane.known:
             return await self._call(lane, [])
         if lane.next_seq < lane.end and (hurry or self._ripe(lane, now)):
@@ -260,6 +277,7 @@ class Shipper:
             self._gaps += 1
             log.warning("join_gap", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)
             lane.rewind(reply.last)
+            lane.said_bye = False
             return before != (lane.known, lane.next_seq)
         if reply.last >= lane.assigned:
             log.error("join_is_ahead", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)
@@ -312,11 +330,7 @@ class Shipper:
         if len(rows) > 1:
             lane.row_limit = len(rows) // 2
             return True
-        try:
-            # Where Redis refuses even a heartbeat the row is not to blame.
-            if await self._call(lane, []):
-                return True
-        except Refused as refusal:
-            raise StoreAway(f"Redis refuses every call: {refusal}") from refusal
+        if await self._call(lane, []):  # where even a heartbeat is refused, the row is not to blame
+            return True
         await self._ledger.reject(lane, rows[0], reason)
         return True

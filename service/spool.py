@@ -16,22 +16,21 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from service.salvage import salvage
+from service.salvage import examine, log_of
 from service.slots import Slot
-from service.spool_file import Row, Span, SpoolFile
+from service.spool_file import Row, Span, SpoolFile, rebuild
 
 ROTATE_BYTES = 64 << 20  # design section 10; some 11,000 commits of one small decision each
 KEEP_BYTES = 256 << 20
 KEEP_S = 120.0  # several times what a failover takes
 _NO_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
-_DATABASE_MAGIC = b"SQLite format 3\0"
 
 
 class Damage(NamedTuple):
     """What could not be read so far."""
 
     rows: int = 0
-    files: int = 0  # set aside
+    files: int = 0  # rebuilt from their pages, or set aside
     torn_tails: int = 0  # files that end in a transaction which was never finished, or was cut
 
 
@@ -73,19 +72,20 @@ class Spool:
         return spool
 
     def _reopen_file(self, path: Path) -> SpoolFile | None:
+        health = examine(path)
+        self._count(Damage(files=health.damaged, torn_tails=health.torn_tail))
+        if health.empty and not health.damaged:
+            SpoolFile(path).delete()  # killed while it was made
+            return None
         try:
-            found = salvage(path)
-            self._count(Damage(torn_tails=found.torn_tail))
-            if not found.commits and _never_written(path):
-                SpoolFile(path).delete()
-                return None
-            return SpoolFile.reopen(path)
+            if not health.damaged or (log_of(path).exists() and rebuild(path)):
+                return SpoolFile.reopen(path)
         except sqlite3.DatabaseError as error:
             if error.sqlite_errorcode & 0xFF not in _NO_DATABASE:
                 raise  # the machine's trouble, not the file's: try again later
-            SpoolFile(path).set_aside()
-            self._count(Damage(files=1))
-            return None
+            self._count(Damage(files=not health.damaged))
+        SpoolFile(path).set_aside()
+        return None
 
     def write(self, rows: list[Row]) -> None:
         """Commit rows. Raises sqlite3.Error or OSError; then nothing of them is kept."""
@@ -185,10 +185,3 @@ class Spool:
         for file in self._files:
             file.close()
         self._files, self._current = (), None
-
-
-def _never_written(path: Path) -> bool:
-    """Tell a file that was killed while it was made (empty, or only a first page) from something else."""
-    with path.open("rb") as file:
-        start = file.read(len(_DATABASE_MAGIC))
-    return start in (b"", _DATABASE_MAGIC)

@@ -14,22 +14,33 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote
 from zlib import crc32
 
-from service.salvage import PAGE
+import msgspec
+
+from service.carve import PAGE, carve
+from service.salvage import log_of
 
 _LANE = 40  # bits of seq below the lane number
-_PROBES = 1 << 16  # how far behind an unreadable page the next readable row is looked for
+_SEQ = (1 << _LANE) - 1
+_NO_KEY = (1 << 63) - 1
+_COUNTS = 1 << 16  # more events than any row has
 _SUFFIXES = ("", "-wal", "-shm")
 _KEY = struct.Struct(">qqq")
+_TABLE = (
+    "CREATE TABLE row (key INTEGER PRIMARY KEY, policy BLOB, count INTEGER, at_ms INTEGER, crc32 INTEGER, blob BLOB)"
+)
+_INSERT = "INSERT INTO row VALUES (?, ?, ?, ?, ?, ?)"
+
+_Raw = tuple[int, object, object, object, object, object]
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """One append: `count` events of one policy, encoded as one blob."""
 
     policy: str
@@ -70,12 +81,15 @@ class SpoolFile:
         file = cls(path)
         try:
             file._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for pragma in ("synchronous=OFF", f"page_size={PAGE}", "journal_mode=WAL", "wal_autocheckpoint=0"):
+            for pragma in (
+                "synchronous=OFF",
+                f"page_size={PAGE}",
+                "journal_mode=WAL",
+                "wal_autocheckpoint=0",
+                "cache_spill=OFF",
+            ):
                 file._writer.execute(f"PRAGMA {pragma}").fetchall()
-            file._writer.execute(
-                "CREATE TABLE row (key INTEGER PRIMARY KEY, policy BLOB, count INTEGER, at_ms INTEGER, "
-                "crc32 INTEGER, blob BLOB)"
-            )
+            file._writer.execute(_TABLE)
             file._connect()
         except (sqlite3.Error, OSError):
             file.delete()
@@ -105,7 +119,7 @@ class SpoolFile:
         assert writer is not None, "a reopened file is not written"
         writer.execute("BEGIN")
         try:
-            writer.executemany("INSERT INTO row VALUES (?, ?, ?, ?, ?, ?)", [_pack(lane, row) for lane, row in rows])
+            writer.executemany(_INSERT, [_pack(lane, row) for lane, row in rows])
             writer.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):
@@ -114,83 +128,48 @@ class SpoolFile:
         spans = dict(self.spans)
         for lane, row in rows:
             old = spans.get(row.policy)
-            spans[row.policy] = Span(
-                lane, *((old.first, row.end, old.at_ms) if old else (*row[1:2], row.end, row.at_ms))
-            )
+            first, at_ms = (old.first, old.at_ms) if old else (row.first_seq, row.at_ms)
+            spans[row.policy] = Span(lane, first, row.end, at_ms)
         self.spans = spans
 
     def rows(self, policy: str, seq: int, stop: int) -> Generator[Row, None, None]:
-        """Yield the intact rows that hold seqs from `seq` up to, not including, `stop`."""
+        """Yield the intact rows that hold seqs from `seq` up to, not including, `stop`. Raises sqlite3.Error."""
         span = self.spans.get(policy)
         if span is None or seq >= span.end or stop <= span.first:
             return
         base = span.lane << _LANE
         start = base + max(seq, span.first)
-        with contextlib.suppress(sqlite3.DatabaseError):  # then a row that begins earlier is not looked for
-            found = self._query("SELECT max(key) FROM row WHERE key BETWEEN ? AND ?", base, start)
-            start = found[0] if found and isinstance(found[0], int) else start
-        for _, row in self._scan(start, base + min(stop, span.end)):
+        (before,) = self._query("SELECT max(key) FROM row WHERE key BETWEEN ? AND ?", base, start) or (None,)
+        for _, row in self._scan(start if before is None else before, base + min(stop, span.end)):
             if row.end > seq:
                 yield row
 
     def _scan(self, key: int, stop: int) -> Generator[tuple[int, Row], None, None]:
-        """Yield the intact rows with keys in [key, stop), stepping over what is damaged."""
-        while key < stop:
-            try:
-                for raw in self._cursor(key, stop):
-                    row = _unpack(raw) if raw[0] >= key else None
-                    if row is None:
-                        self.damaged.add(raw[0])
-                        key = max(key, raw[0] + 1)
-                    else:
-                        key = raw[0] + row.count
-                        yield raw[0] >> _LANE, row
-                return
-            except sqlite3.DatabaseError:
-                self.damaged.add(key)
-                key = self._beyond(key, stop)
-
-    def _beyond(self, key: int, stop: int) -> int:
-        """Find the next key from which a row can be read, behind an unreadable page or row."""
-        for probe in range(key + 1, min(stop, key + _PROBES)):
-            with contextlib.suppress(sqlite3.DatabaseError):
-                found = self._query("SELECT key FROM row WHERE key >= ? LIMIT 1", probe)
-                return max(probe, found[0]) if found else stop
-        return min(stop, ((key >> _LANE) + 1) << _LANE)
+        """Yield the intact rows with keys in [key, stop), each with its lane."""
+        assert self._reader is not None, "the file is open"
+        for raw in self._reader.execute("SELECT * FROM row WHERE key >= ? AND key < ? ORDER BY key", (key, stop)):
+            row = _unpack(raw)
+            if row is None:
+                self.damaged.add(raw[0])
+            else:
+                yield raw[0] >> _LANE, row
 
     def _find_spans(self) -> dict[str, Span]:
         spans: dict[str, Span] = {}
-        last = self._query("SELECT max(key) FROM row")
-        stop = last[0] + 1 if last and last[0] is not None else 0
         lane = 0
-        while (first := next(self._scan(lane << _LANE, stop), None)) is not None:
+        while (first := next(self._scan(lane << _LANE, _NO_KEY), None)) is not None:
             lane, row = first
-            spans[row.policy] = Span(lane, row.first_seq, max(row.end, self._end(lane)), row.at_ms)
+            last = self._query("SELECT max(key), count FROM row WHERE key < ?", (lane + 1) << _LANE)
+            assert last is not None, "there is a row"
+            end = (last[0] & _SEQ) + max(1, last[1])  # intact or not: what is missing before it is known to be lost
+            spans[row.policy] = Span(lane, row.first_seq, end, row.at_ms)
             lane += 1
         return spans
-
-    def _end(self, lane: int) -> int:
-        """Find the seq after a lane's last row, intact or not."""
-        base = lane << _LANE
-        with contextlib.suppress(sqlite3.DatabaseError):
-            found = self._query(
-                "SELECT key, count FROM row WHERE key BETWEEN ? AND ? ORDER BY key DESC LIMIT 1",
-                base,
-                base + (1 << _LANE) - 1,
-            )
-            if found:
-                count = found[1] if isinstance(found[1], int) and 0 < found[1] < _PROBES else 1
-                return int(found[0]) - base + count
-        return max((row.end for _, row in self._scan(base, base + (1 << _LANE))), default=0)
 
     def _query(self, sql: str, *values: int) -> tuple[int, ...] | None:
         assert self._reader is not None, "the file is open"
         found: tuple[int, ...] | None = self._reader.execute(sql, values).fetchone()
         return found
-
-    def _cursor(self, key: int, stop: int) -> Iterator[tuple[int, object, object, object, object, object]]:
-        assert self._reader is not None, "the file is open"
-        return self._reader.execute("SELECT * FROM row WHERE key >= ? AND key < ? ORDER BY key", (key, stop))
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self._paths()[:2] if path.exists())
@@ -232,13 +211,55 @@ def _pack(lane: int, row: Row) -> tuple[int, bytes, int, int, int, bytes]:
     return key, policy, row.count, row.at_ms, _crc(policy, key, row.count, row.at_ms, row.blob), row.blob
 
 
-def _unpack(raw: tuple[int, object, object, object, object, object]) -> Row | None:
+def _unpack(raw: _Raw) -> Row | None:
     """Give the row, or None when anything in it is not what was written."""
     key, policy, count, at_ms, crc, blob = raw
     if not (
         isinstance(policy, bytes) and isinstance(blob, bytes) and isinstance(count, int) and isinstance(at_ms, int)
     ):
         return None
-    if crc != _crc(policy, key, count, at_ms, blob):
+    if not 0 <= key < _NO_KEY or crc != _crc(policy, key, count, at_ms, blob):
         return None
-    return Row(policy.decode(), key & ((1 << _LANE) - 1), count, at_ms, blob)
+    return Row(policy.decode(), key & _SEQ, count, at_ms, blob)
+
+
+def rebuild(path: Path) -> bool:
+    """Write a damaged file anew from the rows found in its pages. Return False, leaving it as it is, if there are none.
+
+    Rows whose checksum fails are taken over as they are where they plainly belong to a lane, so that reading counts
+    them. The damaged log stays beside it, as `-wal.corrupt`. May be killed at any point and run again.
+    """
+    rows = _found(path)
+    if not rows:
+        return False
+    draft = path.with_name(path.name + ".rebuilt")
+    draft.unlink(missing_ok=True)
+    with closing(sqlite3.connect(draft, isolation_level=None)) as database:
+        for statement in ("PRAGMA journal_mode=OFF", "PRAGMA synchronous=OFF", _TABLE, "BEGIN"):
+            database.execute(statement).fetchall()
+        database.executemany(_INSERT, rows)
+        database.execute("COMMIT")
+    draft.replace(path)
+    log_of(path).rename(path.with_name(path.name + "-wal.corrupt"))
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    return True
+
+
+def _found(path: Path) -> list[_Raw]:
+    good: dict[int, _Raw] = {}
+    bad: dict[int, _Raw] = {}
+    for key, columns in carve(log_of(path), 6):
+        raw: _Raw = (key, *columns[1:])  # type: ignore[assignment]  # `carve` gives six columns
+        if key not in good:
+            (bad if _unpack(raw) is None else good)[key] = raw
+    last: dict[int, int] = {}
+    for key in good:
+        last[key >> _LANE] = max(key, last.get(key >> _LANE, 0))
+    for key, raw in bad.items():
+        if key not in good and key < last.get(key >> _LANE, 0) + _COUNTS and _plausible(raw[2]):
+            good[key] = raw
+    return [good[key] for key in sorted(good)]
+
+
+def _plausible(count: object) -> bool:
+    return isinstance(count, int) and 0 < count < _COUNTS

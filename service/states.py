@@ -55,11 +55,15 @@ class StateReader:
 
     def _pinpoint(self, raw: msgspec.Raw, error: msgspec.ValidationError, where: str) -> SurefootError:
         """Name the feature: for a value of an object, msgspec's own path says only that there is one."""
-        state = msgspec.json.decode(raw)
-        if isinstance(state, dict):
-            for name, value in state.items():
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    return InvalidField(f"Expected `float`, got {value!r:.40}", f"{where}.{name}")
+        try:
+            features = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        except msgspec.ValidationError:
+            return complaint(error, where)
+        for name, value in features.items():
+            try:
+                msgspec.json.decode(value, type=float)
+            except msgspec.ValidationError as wrong:
+                return complaint(wrong, f"{where}.{name}")
         return complaint(error, where)
 
 

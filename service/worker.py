@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
 def _serve(settings: Settings, listener: socket.socket, parent: int, redis_url: str) -> int:
     app = App(settings, redis_url)
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         loop="uvloop",
         http="httptools",
         ws="none",

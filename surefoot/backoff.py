@@ -1,7 +1,7 @@
 """How long to wait before trying again: exponential backoff with full jitter, up to a deadline. Pure.
 
-Strategy: "full jitter" of Brooker, "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): a uniform draw between
-zero and a bound that doubles. It spreads the callers that one outage has synchronised better than any fixed schedule.
+Strategy: "full jitter" of Brooker, "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): a uniform draw
+between zero and a bound that doubles. It spreads callers that one outage has synchronised better than a fixed schedule.
 It knows neither a clock nor a network: time and chance are arguments.
 """
 

@@ -19,7 +19,7 @@ Source = tuple[str, int]  # producer, epoch
 class Seen:
     """The events seen of at most `sources` producers and epochs, `window` sequence numbers of each."""
 
-    def __init__(self, window: int, sources: int = 1024) -> None:
+    def __init__(self, window: int, sources: int = 256) -> None:
         if window < 1 or sources < 1:
             raise ValueError("window and sources must be positive")
         self._pages_kept = -(-window // _PAGE_BITS) + 1  # Invariant: the last `window` numbers are always covered

@@ -18,6 +18,7 @@
     │   └── Unavailable             503  nothing was kept, and retrying did not help within `retry_for_s`
     ├── Unreachable                 no answer; `maybe_received` says whether the request may have been carried out
     ├── Unreadable                  an answer or an entry that this version of the package cannot read: upgrade it
+    ├── Refused                     Redis does not allow a command: credentials, permissions, a foreign key in the way
     └── Gap                         transitions are gone that this consumer group has never seen
 
 An `ApiError` whose code is not listed here is raised as `ApiError` itself: compare `code`, which is stable.
@@ -143,15 +144,19 @@ class Unreadable(SurefootError):
     """An answer or a stream entry that this version of the package cannot read."""
 
 
+class Refused(SurefootError):
+    """Redis does not allow what was asked. Trying again will not help."""
+
+
 GapReason = Literal["trimmed", "deleted", "group_missing", "spool"]
 
 
 class Gap(SurefootError):
     """Transitions are gone that this consumer group has never seen.
 
-    `reason`: `trimmed`, the stream was cut past the group's position; `deleted`, single entries were removed, `ids` names
-    those known; `group_missing`, group or stream vanished while it was being read; `spool`, the service itself lost
-    events before they reached Redis. `lost` is the number, or None where it cannot be known.
+    `reason`: `trimmed`, the stream was cut past the group's position; `deleted`, single entries were removed, `ids`
+    names those known; `group_missing`, group or stream vanished while it was being read; `spool`, the service itself
+    lost events before they reached Redis. `lost` is the number, or None where it cannot be known.
 
     Each loss is raised once. The iterator that raised it can be used on: what it yields next lies behind the gap.
     """

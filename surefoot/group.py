@@ -18,12 +18,21 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from surefoot.errors import Gap
+from surefoot.errors import Gap, Refused, SurefootError, Unreachable
 
 Entry = tuple[bytes, Mapping[bytes, bytes]]
 StreamId = tuple[int, int]
 
 _NEVER: StreamId = (0, 0)
+_DELETED_BEFORE = b"max-deleted-entry-id"  # a field beside those of producers in the hash of what the group knows
+
+_AWAY = (
+    redis.ConnectionError,  # also LOADING
+    redis.TimeoutError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.ClusterDownError,
+)
 
 
 class GroupMissing(Exception):
@@ -37,6 +46,7 @@ class Delivery:
     entries: Sequence[Entry] = ()
     deleted: Sequence[bytes] = ()
     gaps: Sequence[Gap] = ()
+    idle: bool = False  # there is nothing new now
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +84,12 @@ class Survey:
         return max(0, self.removed - self.entries_read)
 
     def stepped_over(self, entries: Sequence[Entry], count: int) -> bool:
-        """Whether a read of up to `count` entries that brought `entries` went past a deleted one."""
+        """Whether a read of up to `count` entries that brought `entries` went past a deleted one.
+
+        Not for a group that has read nothing yet: what was deleted since it was made is counted by `cut_off` then.
+        """
         end = parse_id(entries[-1][0] if len(entries) == count else self.last_generated)
-        return parse_id(self.last_delivered) < self.max_deleted <= end
+        return _NEVER < parse_id(self.last_delivered) < self.max_deleted <= end
 
 
 class Group:
@@ -91,23 +104,28 @@ class Group:
         self._opened = False
         self._position: bytes = b"0-0"
         self._reported = 0  # `removed` at the last report: what was found once is not reported again
-        self._told: dict[bytes, int] = {}
+        self._told: dict[
+            bytes, int
+        ] = {}  # by producer and epoch, what this group has been told of the service's losses
+        self._deleted_before: StreamId = _NEVER  # `max-deleted-entry-id` when the group was made
+        self._owed: list[Gap] = []  # found, but not yet handed to the caller: the connection may break in between
 
     def open(self) -> Delivery:
         """Find the group, or make it. A group that was there before and is not any more is a gap."""
-        gaps: list[Gap] = []
         try:
             survey = self._survey()
         except GroupMissing:
+            if self._opened and all(gap.reason != "group_missing" for gap in self._owed):
+                self._owed.append(Gap("the consumer group or its stream has vanished", reason="group_missing"))
             self._create()
-            if self._opened:
-                gaps.append(Gap("the consumer group or its stream has vanished", reason="group_missing"))
         else:
             # Also here and not only when reading: the reply of the read that stepped over a gap may have been lost.
-            gaps.extend(self._trimmed(survey))
-        self._told = {name: int(n) for name, n in self._redis.hgetall(self._told_key).items()}
+            self._note_trimmed(survey)
+        told: Mapping[Any, Any] = self._redis.hgetall(self._told_key)
+        self._deleted_before = parse_id(told.get(_DELETED_BEFORE, b"0-0"))
+        self._told = _counts(told)
         self._opened = True
-        return Delivery(gaps=gaps)
+        return Delivery(gaps=self._settle_owed())
 
     def own(self, after: bytes, count: int) -> Delivery:
         """Deliver again what this consumer was given and has not acknowledged, behind the id `after`."""
@@ -132,14 +150,16 @@ class Group:
         pipe.xreadgroup(self._group, self._consumer, {cast(Any, self._key): ">"}, count=count)
         stream, groups, lost, reply = self._ask(pipe.execute)
         survey, entries = Survey.of(stream, groups, self._group), _entries(reply)
-        gaps = [*self._trimmed(survey), *self._spool_losses(lost)]
-        if not gaps and survey.stepped_over(entries, count):
-            gaps.append(Gap("an entry was deleted before it was read", reason="deleted"))
-        if gaps and not entries:
+        self._note_trimmed(survey)
+        if survey.max_deleted > self._deleted_before and survey.stepped_over(entries, count):
+            self._owed.append(Gap("an entry was deleted before it was read", reason="deleted"))
+        self._note_spool_losses(lost)
+        if self._owed and not entries:
             # Nothing was read, so nothing moved the group past the gap: do it, or it would be found for ever.
             self._redis.xgroup_setid(self._key, self._group, survey.last_generated, entries_read=survey.added)
         self._position = entries[-1][0] if entries else survey.last_delivered
-        return Delivery(entries, gaps=gaps)
+        gaps = self._settle_owed()
+        return Delivery(entries, gaps=gaps, idle=not entries and not gaps)
 
     def wait(self, block_ms: int) -> None:
         """Wait until there is something behind the group's position, at most `block_ms`. Takes nothing."""
@@ -154,7 +174,7 @@ class Group:
     def _create(self) -> None:
         # Recreated after a loss it starts from what is there, wherever it was to start at first.
         start = "0" if self._opened else self._start
-        read = None
+        read, known = None, dict(self._redis.hgetall(self._lost_key))
         try:
             stream = self._redis.xinfo_stream(self._key)
         except redis.ResponseError as error:
@@ -162,13 +182,13 @@ class Group:
         else:
             # What was removed before the group existed is not its loss.
             read = stream["entries-added"] - stream["length"] if start == "0" else None
+            known[_DELETED_BEFORE] = stream["max-deleted-entry-id"]
+        if known:
+            self._redis.hset(self._told_key, mapping=cast(Any, known))
         try:
             self._redis.xgroup_create(self._key, self._group, start, mkstream=True, entries_read=read)
         except redis.ResponseError as error:
             _reraise_unless(error, "BUSYGROUP")  # another consumer was quicker
-        lost = self._redis.hgetall(self._lost_key)
-        if lost and not self._opened:
-            self._redis.hset(self._told_key, mapping=cast(Any, lost))
 
     def _survey(self) -> Survey:
         pipe = self._redis.pipeline(transaction=True)
@@ -177,22 +197,27 @@ class Group:
         stream, groups = self._ask(pipe.execute)
         return Survey.of(stream, groups, self._group)
 
-    def _trimmed(self, survey: Survey) -> list[Gap]:
+    def _note_trimmed(self, survey: Survey) -> None:
         lost = min(survey.cut_off(), survey.removed - self._reported)
-        if lost <= 0:
-            return []
-        self._reported = survey.removed
-        return [Gap(f"the stream was trimmed past the group: {lost} entries lost", reason="trimmed", lost=lost)]
+        if lost > 0:
+            self._reported = survey.removed
+            detail = f"the stream was trimmed past the group: {lost} entries lost"
+            self._owed.append(Gap(detail, reason="trimmed", lost=lost))
 
-    def _spool_losses(self, lost: Mapping[bytes, bytes]) -> list[Gap]:
+    def _note_spool_losses(self, lost: Mapping[bytes, bytes]) -> None:
         """What the service counted as lost before it reached Redis and this group has not been told yet."""
-        news = {name: int(n) for name, n in lost.items() if int(n) > self._told.get(name, 0)}
+        news = {name: n for name, n in _counts(lost).items() if n > self._told.get(name, 0)}
         if not news:
-            return []
+            return
         total = sum(n - self._told.get(name, 0) for name, n in news.items())
         self._redis.hset(self._told_key, mapping=cast(Any, news))
         self._told.update(news)
-        return [Gap(f"the service lost {total} events before they reached Redis", reason="spool", lost=total)]
+        detail = f"the service lost {total} events before they reached Redis"
+        self._owed.append(Gap(detail, reason="spool", lost=total))
+
+    def _settle_owed(self) -> list[Gap]:
+        owed, self._owed = self._owed, []
+        return owed
 
     def _ask(self, command: Any, *arguments: Any, **options: Any) -> Any:
         """Send a command that needs the group. Raises GroupMissing."""
@@ -213,8 +238,21 @@ def connect(redis_url: str, timeout_s: float) -> redis.Redis:
         retry=Retry(NoBackoff(), 0),
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
-        socket_keepalive=True,
     )
+
+
+def is_away(error: redis.RedisError) -> bool:
+    """Whether waiting may help: Redis restarts, loads its files, or a failover is under way."""
+    if isinstance(error, redis.AuthenticationError | redis.exceptions.AuthorizationError):
+        return False
+    return isinstance(error, _AWAY)
+
+
+def translated(error: redis.RedisError) -> SurefootError:
+    """Give an error of redis-py as one of this package's."""
+    if is_away(error):
+        return Unreachable(f"Redis does not answer: {error}", maybe_received=True)
+    return Refused(f"Redis refuses: {error}")
 
 
 def stream_key(policy: str) -> str:
@@ -225,6 +263,10 @@ def stream_key(policy: str) -> str:
 def parse_id(raw: bytes) -> StreamId:
     milliseconds, _, number = raw.partition(b"-")
     return int(milliseconds), int(number or 0)
+
+
+def _counts(mapping: Mapping[Any, Any]) -> dict[bytes, int]:
+    return {name: int(count) for name, count in mapping.items() if name != _DELETED_BEFORE}
 
 
 def _entries(reply: Any) -> list[Entry]:

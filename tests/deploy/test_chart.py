@@ -121,9 +121,15 @@ def test_no_service_link_reaches_the_environment() -> None:
     assert pod_of(found)["enableServiceLinks"] is False
 
 
-@pytest.mark.parametrize(("drain", "expected"), [({}, 30), ({"delaySeconds": 7.5}, 33), ({"graceSeconds": 60}, 80)])
+@pytest.mark.parametrize(("drain", "expected"), [({}, 40), ({"delaySeconds": 7.5}, 43), ({"graceSeconds": 60}, 90)])
 def test_kubernetes_waits_for_drain_grace_and_shipping(drain: dict[str, float], expected: int) -> None:
     assert pod_of(objects({"drain": drain}))["terminationGracePeriodSeconds"] == expected
+
+
+def test_the_default_leaves_the_service_the_time_it_takes_for_itself() -> None:
+    from service.supervisor import EXIT_S
+
+    assert chart().values["drain"]["shipSeconds"] > EXIT_S
 
 
 def test_probes_ask_for_health_on_the_named_port() -> None:

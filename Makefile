@@ -1,0 +1,56 @@
+# Surefoot: `make run` serves on port 8080, `make test` runs the tests. Both need Python 3.11+ and nothing else.
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: run test lint check fix coverage constraints train clean
+
+run: $(VENV)/.run ## Install what serving needs, then serve; all SUREFOOT_ variables are passed on
+	exec $(BIN)/surefoot serve
+
+test: $(VENV)/.test ## Install what tests need, then run the checks and the tests
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest --cov=policies --cov=safety --cov=service --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m coverage report --fail-under=100 --include='$(PURE)'
+
+lint: $(VENV)/.test ## Style, types, import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+fix: $(VENV)/.test ## Let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(VENV)/.export ## Train the CartPole example anew, into a folder of its own
+	$(BIN)/python examples/cartpole/train.py --version v2 --out build/cartpole
+
+constraints: ## Write down the versions of a fresh environment
+	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet -e '.[dev]'
+	(sed -n '/^#/p' constraints.txt; (build/fresh/bin/python -m pip freeze --exclude-editable; echo 'torch==2.13.0') | sort -f -u) > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean: ## Remove what make made; the data directory stays
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+# Modules that decide and do no I/O: every branch is tested.
+PURE := policies/bundle.py,policies/deployment.py,policies/draw.py,policies/errors.py,policies/explore.py,policies/heads.py,policies/route.py,policies/types.py,safety/*.py,service/decision.py,service/history.py,service/ids.py,service/join.py,service/openapi.py,service/pins.py,service/plan.py,service/problems.py,service/record.py,service/states.py,service/wire.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[play]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[export]'
+	touch $@

@@ -1,0 +1,143 @@
+"""What callers send wrong is named by field; what they send right is read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from policies.errors import (
+    BadJson,
+    InvalidField,
+    MissingField,
+    NoSafeAction,
+    NotFinite,
+    SurefootError,
+    Unavailable,
+    UnknownField,
+)
+from policies.types import Feature, ObservationSpec
+from service import openapi, wire
+from service.problems import problem
+from service.states import StateReader
+
+NAMED = StateReader(ObservationSpec((2,), features=(Feature("cpu"), Feature("rps"))))
+IMAGE = StateReader(ObservationSpec((2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "field"),
+    [
+        (b'{"state": [1], "colour": 1}', UnknownField, "colour"),
+        (b'{"policy": "a"}', MissingField, "state"),
+        (b'{"state": [1], "step": -1}', InvalidField, "step"),
+        (b'{"state": [1], "step": 1.5}', InvalidField, "step"),
+        (b'{"state": [1], "key": ""}', InvalidField, "key"),
+        (b'{"state": [1], "include": ["x"]}', InvalidField, "include[0]"),
+        (b'{"state": [1], "allowed_actions": [1.5]}', InvalidField, "allowed_actions[0]"),
+        (b"[]", InvalidField, None),
+        (b'{"state": [1', BadJson, None),
+        (b"", BadJson, None),
+        (b"\xff", BadJson, None),
+        (b'{"state": [1], "key": "\xff"}', BadJson, None),
+        (b'{"state": [1, NaN]}', NotFinite, "state[1]"),
+        (b'{"context": {"a": [1]}, "state": [NaN]}', NotFinite, "state[0]"),
+        (b'{"state": [1], "key": "\\ud800"}', BadJson, None),
+        (b'{"key": "NaN", "state": [1,, 2]}', BadJson, None),
+        (b'{"state": {"cpu": -Infinity}}', NotFinite, "state.cpu"),
+        (b'{"state": ' + b"[" * 100_000, BadJson, None),
+    ],
+)
+def test_a_wrong_act_is_refused_by_field(body: bytes, error: type[SurefootError], field: str | None) -> None:
+    with pytest.raises(error) as caught:
+        wire.decode_act(body)
+    assert caught.value.field == field
+
+
+def test_the_other_routes_name_fields_too() -> None:
+    with pytest.raises(InvalidField) as reward:
+        wire.decode_reward(b'{"decision_id": "a", "reward": "1"}')
+    assert reward.value.field == "reward"
+    with pytest.raises(MissingField) as batch:
+        wire.decode_reward_batch(b'{"rewards": [{"decision_id": "a", "reward": 1}, {"reward": 1}]}')
+    assert batch.value.field == "rewards[1].decision_id"
+    with pytest.raises(InvalidField) as act:
+        wire.decode_act_batch(b'{"states": [[1]], "steps": ["a"]}')
+    assert act.value.field == "steps[0]"
+
+
+@pytest.mark.parametrize(
+    ("reader", "state", "field"),
+    [
+        (NAMED, b"[1, 2, 3]", "state"),
+        (NAMED, b'[1, "a"]', "state[1]"),
+        (NAMED, b"[1, true]", "state[1]"),
+        (NAMED, b"[1, 1e999]", "state[1]"),
+        (NAMED, b"3", "state"),
+        (NAMED, b'{"cpu": 1}', "state.rps"),
+        (NAMED, b'{"cpu": 1, "rps": 2, "ram": 3}', "state.ram"),
+        (NAMED, b'{"cpu": 1, "rps": null}', "state.rps"),
+        (NAMED, b'{"cpu": 1, "rps": true}', "state.rps"),
+        (NAMED, b'{"cpu": 1, "rps": 1e999}', "state.rps"),
+        (NAMED, b'{"cpu": "x", "cpu": 1, "rps": 2}', "state[...]"),
+        (IMAGE, b"[[1, 2], [3]]", "state"),
+        (IMAGE, b"[[1, 2, 3], [4, 5, 6]]", "state"),
+        (IMAGE, b"[1, 2]", "state[0]"),
+        (IMAGE, b'{"a": 1}', "state"),
+    ],
+)
+def test_a_wrong_state_is_refused_by_element(reader: StateReader, state: bytes, field: str) -> None:
+    with pytest.raises(SurefootError) as caught:
+        reader.read(msgspec.Raw(state))
+    assert caught.value.field == field
+    with pytest.raises(SurefootError) as moved:
+        reader.read(msgspec.Raw(state), "states[4]")
+    assert moved.value.field == "states[4]" + field.removeprefix("state")
+
+
+def test_a_right_state_is_read_in_the_specs_order() -> None:
+    assert NAMED.read(msgspec.Raw(b"[1, 2.5]")) == [1.0, 2.5]
+    assert NAMED.read(msgspec.Raw(b'{"rps": 2, "cpu": 1}')) == [1.0, 2.0]
+    assert IMAGE.read(msgspec.Raw(b"[[1, 2], [3, 4]]")) == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_a_problem_has_a_stable_code_and_names_the_field() -> None:
+    body = msgspec.to_builtins(problem(InvalidField("no", "state[1]"), instance="/v1/act", row=3))
+    assert body["type"] == "urn:surefoot:problem:invalid_field"
+    assert (body["status"], body["code"], body["row"]) == (422, "invalid_field", 3)
+    assert body["errors"] == [{"field": "state[1]", "detail": "no"}]
+    assert "errors" not in msgspec.to_builtins(problem(NoSafeAction("nothing left")))
+
+
+def test_every_error_of_the_tree_has_its_own_code() -> None:
+    def tree(kind: type[SurefootError]) -> list[type[SurefootError]]:
+        return [kind, *(sub for child in kind.__subclasses__() for sub in tree(child))]
+
+    kinds = tree(SurefootError)
+    assert len({kind.code for kind in kinds}) == len(kinds)
+    assert all(kind.retry_after_s for kind in tree(Unavailable))
+
+
+def references(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["$ref"].rsplit("/", 1)[1]} if "$ref" in node else set()
+        return own.union(*(references(value) for value in node.values()))
+    return set().union(*(references(value) for value in node)) if isinstance(node, list) else set()
+
+
+def test_the_openapi_part_refers_only_to_schemas_that_exist_and_its_examples_are_readable() -> None:
+    schemas, paths = openapi.schemas(), openapi.paths()
+    assert references(paths) | references(schemas) <= schemas.keys()
+    readers = {
+        "/v1/act": wire.decode_act,
+        "/v1/act/batch": wire.decode_act_batch,
+        "/v1/reward": wire.decode_reward,
+        "/v1/reward/batch": wire.decode_reward_batch,
+    }
+    assert paths.keys() == readers.keys()
+    for path, read in readers.items():
+        example = paths[path]["post"]["requestBody"]["content"]["application/json"]["example"]
+        read(msgspec.json.encode(example))
+    answer = paths["/v1/act"]["post"]["responses"]["200"]["content"]["application/json"]["example"]
+    msgspec.convert(answer, wire.ActResponse)
