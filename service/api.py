@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
@@ -21,6 +22,7 @@ from policies.errors import InvalidField, StoreAway, SurefootError, Unauthorized
 from service import openapi
 from service.decision import decode_record, decode_reward_record
 from service.history import describe
+from service.plan import Plan
 from service.problems import CONTENT_TYPE, problem
 from service.redis_streams import StoredDecision
 from service.runtime import Runtime
@@ -28,6 +30,74 @@ from service.wire import FieldError, Problem
 
 SHIPPING_TRIES = 10
 SHIPPING_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the routes are given: the running worker, once there is one, and the tokens."""
+
+    state: dict[str, Runtime]
+    client_token: str | None
+    admin_token: str
+
+
+def _runtime(request: Request) -> Runtime:
+    context: Context = request.app.state.context
+    return context.state["runtime"]
+
+
+def _client(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
+    context: Context = request.app.state.context
+    if context.client_token is not None:
+        _require(authorization, context.client_token, context.admin_token)
+
+
+def _admin(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
+    context: Context = request.app.state.context
+    _require(authorization, context.admin_token)
+
+
+def _require(authorization: str | None, *tokens: str) -> None:
+    given = (authorization or "").removeprefix("Bearer ").encode()
+    if not any(hmac.compare_digest(given, token.encode()) for token in tokens):
+        raise Unauthorized("send a valid token as `Authorization: Bearer …`")
+
+
+Worker = Annotated[Runtime, Depends(_runtime)]
+health = APIRouter(prefix="/health", tags=["health"])
+views = APIRouter(dependencies=[Depends(_client)])
+admin = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_admin)])
+
+
+@health.get("/live", summary="Whether the process answers")
+async def live() -> dict[str, str]:
+    return {"status": "live"}
+
+
+@health.get("/ready", summary="Whether it should get traffic, and why not")
+async def ready(worker: Worker) -> JSONResponse:
+    reasons = worker.reasons()
+    body = {"status": "not_ready" if reasons else "ready", "reasons": reasons, **_durability(worker)}
+    return JSONResponse(body, 503 if reasons else 200)
+
+
+@views.get("/v1/decisions/{decision_id}", tags=["decisions"], summary="A decision's record, its join, and why")
+async def decision(decision_id: str, worker: Worker) -> Response:
+    """The whole record of a decision, where it stands in the join, and why it was what it was."""
+    stored = await _find(worker, decision_id)
+    body = describe(stored, decode_record(stored.record)) | {"join": _join(stored)}
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+@views.get("/metrics", tags=["operations"], summary="Prometheus metrics")
+async def metrics(worker: Worker) -> Response:
+    worker.refresh_metrics()
+    return Response(generate_latest(worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@admin.get("/policies", summary="What is loaded: policies, their versions, who decides")
+async def policies(worker: Worker) -> list[dict[str, Any]]:
+    return [_policy(served.coalescer.decider.plan) for served in worker.policies.values()]
 
 
 def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: str) -> FastAPI:
@@ -38,59 +108,16 @@ def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: 
         summary="Online policy serving for reinforcement learning: safe actions, exact propensities, joined rewards.",
         redoc_url=None,
     )
-
-    def runtime() -> Runtime:
-        return state["runtime"]
-
-    def client(authorization: Annotated[str | None, Header()] = None) -> None:
-        if client_token is not None:
-            _require(authorization, client_token, admin_token)
-
-    def admin(authorization: Annotated[str | None, Header()] = None) -> None:
-        _require(authorization, admin_token)
-
-    Worker = Annotated[Runtime, Depends(runtime)]
-
-    @app.get("/health/live", tags=["health"], summary="Whether the process answers")
-    async def live() -> dict[str, str]:
-        return {"status": "live"}
-
-    @app.get("/health/ready", tags=["health"], summary="Whether it should get traffic, and why not")
-    async def ready(worker: Worker) -> JSONResponse:
-        reasons = worker.reasons()
-        body = {"status": "not_ready" if reasons else "ready", "reasons": reasons, **_durability(worker)}
-        return JSONResponse(body, 503 if reasons else 200)
-
-    @app.get("/v1/decisions/{decision_id}", tags=["decisions"], dependencies=[Depends(client)])
-    async def decision(decision_id: str, worker: Worker) -> Response:
-        """The whole record of a decision, where it stands in the join, and why it was what it was."""
-        stored = await _find(worker, decision_id)
-        body = describe(stored, decode_record(stored.record)) | {"join": _join(stored)}
-        return Response(msgspec.json.encode(body), media_type="application/json")
-
-    @app.get("/metrics", tags=["operations"], dependencies=[Depends(client)])
-    async def metrics(worker: Worker) -> Response:
-        worker.refresh_metrics()
-        return Response(generate_latest(worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/admin/policies", tags=["admin"], dependencies=[Depends(admin)])
-    async def policies(worker: Worker) -> list[dict[str, Any]]:
-        """What is loaded: policies, their versions, who decides and with which weight."""
-        return [_policy(served.coalescer.decider.plan) for served in worker.policies.values()]
-
+    app.state.context = Context(state, client_token, admin_token)
+    for router in (health, views, admin):
+        app.include_router(router)
     _handle_errors(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
-def _require(authorization: str | None, *tokens: str) -> None:
-    given = (authorization or "").removeprefix("Bearer ").encode()
-    if not any([hmac.compare_digest(given, token.encode()) for token in tokens]):
-        raise Unauthorized("send a valid token as `Authorization: Bearer …`")
-
-
 def _durability(worker: Runtime) -> dict[str, Any]:
-    store = msgspec.to_builtins(worker.store) if worker.store is not None else None
+    store = asdict(worker.store) if worker.store is not None else None
     return {"durability": worker.settings.durability, "redis": store, "degraded": worker.store is None}
 
 
@@ -125,7 +152,7 @@ def _join(stored: StoredDecision) -> dict[str, Any]:
     }
 
 
-def _policy(plan: Any) -> dict[str, Any]:
+def _policy(plan: Plan) -> dict[str, Any]:
     routes = plan.routes
     return {
         "policy": plan.policy,

@@ -3,8 +3,8 @@
 Duty: one place that says, byte for byte, what travels from `/act` and `/reward` through the spool to the join in
 Redis and on to trainers. It knows nothing of SQLite, Redis or HTTP.
 Strategy: an event is a msgpack array whose head is what the join script reads (`service/join.lua` unpacks it by
-position), and whose last element, `record`, is a msgpack map that the join carries along unread. Arrays travel as raw
-little-endian bytes.
+position), and whose element `record` is a msgpack map that the join carries along unread. Arrays travel as raw
+little-endian bytes. Lua's cmsgpack, as Redis and Valkey have it, knows no `bin` type, so bytes are written as `str`.
 Promise: a reader of this schema version reads all later minor additions (new record fields have defaults).
 """
 
@@ -113,11 +113,51 @@ Event = DecisionEvent | RewardEvent
 _encoder = msgspec.msgpack.Encoder()
 _record = msgspec.msgpack.Decoder(Record)
 _reward_record = msgspec.msgpack.Decoder(RewardRecord)
+_events = msgspec.msgpack.Decoder(list[list[msgspec.Raw]])
+_text = msgspec.msgpack.Decoder(str)
+_scalar = msgspec.msgpack.Decoder(int | str)
 
 
 def encode_events(events: list[Event]) -> bytes:
     """Encode events that were recorded together as one blob: a spool row, and one argument of the join script."""
-    return _encoder.encode(events)
+    return _encoder.encode([_columns(event) for event in events])
+
+
+def decode_events(blob: bytes) -> list[Event]:
+    """Read a blob back: for tools and tests, the service itself never does."""
+    return [_event(columns) for columns in _events.decode(blob)]
+
+
+def _columns(event: Event) -> tuple[object, ...]:
+    return tuple(_raw(value) if isinstance(value, bytes) else value for value in msgspec.structs.astuple(event))
+
+
+def _raw(value: bytes) -> msgspec.Raw:
+    """Bytes as msgpack `str`, which need not be UTF-8 for Lua."""
+    size = len(value)
+    if size < 32:
+        head = bytes([0xA0 | size])
+    elif size < 1 << 8:
+        head = b"\xd9" + size.to_bytes(1, "big")
+    elif size < 1 << 16:
+        head = b"\xda" + size.to_bytes(2, "big")
+    else:
+        head = b"\xdb" + size.to_bytes(4, "big")
+    return msgspec.Raw(head + value)
+
+
+def _bytes(raw: msgspec.Raw) -> bytes:
+    whole = bytes(raw)
+    return whole[{0xD9: 2, 0xDA: 3, 0xDB: 5}.get(whole[0], 1) :]
+
+
+def _event(columns: list[msgspec.Raw]) -> Event:
+    kind: type[Event] = DecisionEvent if _text.decode(columns[-1]) == "D" else RewardEvent
+    fields = msgspec.structs.fields(kind)
+    values = [
+        _bytes(raw) if field.type is bytes else _scalar.decode(raw) for field, raw in zip(fields, columns, strict=True)
+    ]
+    return kind(*values)  # type: ignore[arg-type]
 
 
 def encode_record(record: Record | RewardRecord) -> bytes:

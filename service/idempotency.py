@@ -30,9 +30,7 @@ MAX_KEY = 255
 class IdempotencyStore(Protocol):
     """What is needed of Redis."""
 
-    async def idempotent_begin(
-        self, policy: str, key: str, digest: str, ttl_s: float
-    ) -> tuple[str, bytes | None] | None:
+    async def idempotent_begin(self, policy: str, key: str, digest: str) -> tuple[str, bytes | None] | None:
         """Claim a key: None when it is ours now, else the digest that holds it and its answer, if there is one yet."""
 
     async def idempotent_finish(self, policy: str, key: str, digest: str, response: bytes, ttl_s: float) -> None: ...
@@ -75,7 +73,7 @@ class Idempotency:
 
     async def _decide(self, policy: str, key: str, digest: str, decide: Callable[[], Awaitable[Reply]]) -> Reply:
         try:
-            held = await self._store.idempotent_begin(policy, key, digest, self._ttl_s)
+            held = await self._store.idempotent_begin(policy, key, digest)
         except StoreAway:
             status, answer, headers = await decide()
             return status, answer[:-1] + b',"idempotency":"local"}', headers

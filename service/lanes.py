@@ -50,6 +50,7 @@ class Lane:
     called_s: float = float("-inf")
     blocked_until_s: float = float("-inf")  # Redis answers, but refuses this lane altogether
     row_limit: int | None = None  # most rows in a call, while a row that Redis refuses is being searched
+    rejects_in_a_row: int = 0
     said_bye: bool = False
 
     def append(self, count: int, at_ms: int, blob: bytes) -> Row:

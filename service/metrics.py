@@ -8,7 +8,7 @@ or states.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -23,6 +23,23 @@ SECONDS = (
 )  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DELAY_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 3600.0, 86_400.0)
+
+
+class JoinCounts(Protocol):
+    """What one call of the join did (`redis_streams.Counts`)."""
+
+    @property
+    def joined(self) -> int: ...
+    @property
+    def defaulted(self) -> int: ...
+    @property
+    def void(self) -> int: ...
+    @property
+    def late(self) -> int: ...
+    @property
+    def orphan(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +87,12 @@ class Metrics:
             buckets=DELAY_SECONDS,
             registry=registry,
         )
-        self.transitions = self._counter("transitions", "Transitions that left the join.", "policy", "state")
+        self.transitions = self._counter(
+            "transitions",
+            "What left the join: transitions by state, and rewards kept as late or orphan.",
+            "policy",
+            "state",
+        )
         self.pending = self._gauge("pending_decisions", "Decisions that wait for a reward or a successor.", "policy")
         self.unshipped = self._gauge("ledger_unshipped_events", "Events recorded here and not yet in Redis.")
         self.oldest = self._gauge("ledger_oldest_seconds", "Age of the oldest event not yet in Redis.")
@@ -81,6 +103,14 @@ class Metrics:
         self.info = Gauge(
             "surefoot_policy_info", "Loaded versions.", ["policy", "version", "digest", "role"], registry=registry
         )
+
+    def count_join(self, policy: str, counts: JoinCounts) -> None:
+        """Add what one call of the join gave birth to."""
+        for state in ("joined", "defaulted", "void", "late", "orphan"):
+            born = getattr(counts, state)
+            if born:
+                self.transitions.labels(policy, state).inc(born)
+        self.pending.labels(policy).set(counts.pending)
 
     def version(self, policy: str, version: str) -> VersionMetrics:
         """Give the handles of one version; their labels are resolved once."""

@@ -167,7 +167,9 @@ class Rewards:
 
     def _append(self, policy: str, indices: list[int], checked: Sequence[_Checked]) -> _Recorded:
         events: list[Event] = [checked[index].event for index in indices]
-        appended = self._ledger.append_nowait(policy, len(events), encode_events(events), checked[indices[0]].event.at_ms)
+        appended = self._ledger.append_nowait(
+            policy, len(events), encode_events(events), checked[indices[0]].event.at_ms
+        )
         seqs = range(appended.first_seq, appended.first_seq + len(events))
         return _Recorded(policy, indices, appended, [self._verdicts.verdict(policy, seq) for seq in seqs])
 

@@ -96,7 +96,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         clock = SystemClock()
         metrics = Metrics(registry)
         stored = read_directory(settings.policies or BUNDLED)
-        streams = RedisStreams(connect(redis_url), _join_configs(stored, settings))
+        streams = RedisStreams(connect(redis_url), _join_configs(stored, settings), metrics.count_join)
         stack.push_async_callback(streams.aclose)
         device = ThreadPoolExecutor(1, thread_name_prefix="inference")
         stack.callback(device.shutdown)

@@ -1,9 +1,9 @@
 """Tell whether a spool file is as it was written, by the checksums of its SQLite write-ahead log.
 
 Duty: check every whole frame of a `-wal` file, quickly. Knows nothing of rows.
-Strategy: SQLite's frame checksums are a running sum, and SQLite silently drops everything behind the first that does not
-fit: one bad byte would cost all that follows. Spool files are never checkpointed, so a log holds one generation of
-frames, all of which must fit. Format: sqlite.org/fileformat2.html section 4.
+Strategy: SQLite's frame checksums are a running sum, and SQLite silently drops everything behind the first that does
+not fit: one bad byte would cost all that follows. Spool files are never checkpointed, so a log holds one generation
+of frames, all of which must fit. Format: sqlite.org/fileformat2.html section 4.
 Promise: only reads; damage in the log or in the database's own header is found, a torn tail is told from damage.
 """
 
@@ -49,7 +49,7 @@ def examine(database: Path) -> Health:
     size = log.stat().st_size if log.exists() else 0
     if size <= HEADER:
         whole = database.stat().st_size
-        return Health(damaged=not page[:16] == DATABASE_MAGIC[: len(page)], empty=whole <= PAGE)
+        return Health(damaged=page[:16] != DATABASE_MAGIC[: len(page)], empty=whole <= PAGE)
     count = (size - HEADER) // FRAME
     if not count:
         return Health(damaged=False, empty=True, torn_tail=True)

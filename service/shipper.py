@@ -34,6 +34,7 @@ LINGER_S = 0.05
 HEARTBEAT_S = 1.0
 TIDY_S = 5.0
 MAX_BACKOFF_S = 1.0
+QUICK_REJECTS = 8
 FIRST_BACKOFF_S = 0.02
 
 log = structlog.get_logger(__name__)
@@ -284,9 +285,10 @@ class Shipper:
         lane.ack(reply.last)
         lane.said_bye = bye
         lane.waiting_since_s = None if lane.next_seq >= lane.end else self._clock.monotonic_s()
-        if lane.row_limit is not None and rows:
-            lane.row_limit *= 2
-            lane.row_limit = None if lane.row_limit > MAX_EVENTS else lane.row_limit
+        if rows:
+            lane.rejects_in_a_row = 0
+            if lane.row_limit is not None:
+                lane.row_limit = lane.row_limit * 2 if lane.row_limit < MAX_EVENTS else None
         if lane.live:
             for seq, verdict in reply.verdicts:
                 self._verdicts.resolve(lane.policy, seq, verdict)
@@ -333,4 +335,7 @@ class Shipper:
         if await self._call(lane, []):  # where even a heartbeat is refused, the row is not to blame
             return True
         await self._ledger.reject(lane, rows[0], reason)
+        lane.rejects_in_a_row += 1
+        if lane.rejects_in_a_row > QUICK_REJECTS:  # not one bad row but something wrong with all: no haste
+            lane.blocked_until_s = self._clock.monotonic_s() + MAX_BACKOFF_S
         return True

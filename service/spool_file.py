@@ -32,6 +32,8 @@ _NO_KEY = (1 << 63) - 1
 _COUNTS = 1 << 16  # more events than any row has
 _SUFFIXES = ("", "-wal", "-shm")
 _KEY = struct.Struct(">qqq")
+# Without spilling, frames are written by commits alone, one after the other.
+_PRAGMAS = ("synchronous=OFF", f"page_size={PAGE}", "journal_mode=WAL", "wal_autocheckpoint=0", "cache_spill=OFF")
 _TABLE = (
     "CREATE TABLE row (key INTEGER PRIMARY KEY, policy BLOB, count INTEGER, at_ms INTEGER, crc32 INTEGER, blob BLOB)"
 )

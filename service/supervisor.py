@@ -81,7 +81,7 @@ class _Worker:
 
     def __init__(self, listener: socket.socket, redis_url: str, environment: dict[str, str]) -> None:
         read, self._write = os.pipe()
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "service.worker", str(listener.fileno()), str(read), redis_url],
             pass_fds=(listener.fileno(), read),
             env=environment,

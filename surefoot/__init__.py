@@ -1,11 +1,67 @@
 """Surefoot for applications and trainers: ask for actions, post rewards, read transitions.
 
 `Client` and `AsyncClient` speak HTTP to the service; `transitions` reads a policy's stream in Redis as numpy batches.
-Everything a user of the package needs is named in `__all__`; modules that are not imported here may change.
+Everything a user of the package needs is named in `__all__`; what is not may change.
 """
 
+from surefoot.answers import BatchDecisions, Decision, RewardReceipt
+from surefoot.async_client import AsyncClient
 from surefoot.batch import Batch
-from surefoot.errors import Gap, Refused, Unreachable, Unreadable
+from surefoot.client import Client
+from surefoot.errors import (
+    ApiError,
+    BodyTooLarge,
+    DecisionExpired,
+    FieldProblem,
+    Gap,
+    InvalidField,
+    KeyInUse,
+    KeyReused,
+    MissingField,
+    NoSafeAction,
+    NotFinite,
+    Refused,
+    RewardConflict,
+    SurefootError,
+    Unauthorized,
+    Unavailable,
+    UnknownAction,
+    UnknownDecision,
+    UnknownField,
+    UnknownPolicy,
+    Unreachable,
+    Unreadable,
+)
 from surefoot.streams import transitions
 
-__all__ = ["Batch", "Gap", "Refused", "Unreachable", "Unreadable", "transitions"]
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "Batch",
+    "BatchDecisions",
+    "BodyTooLarge",
+    "Client",
+    "Decision",
+    "DecisionExpired",
+    "FieldProblem",
+    "Gap",
+    "InvalidField",
+    "KeyInUse",
+    "KeyReused",
+    "MissingField",
+    "NoSafeAction",
+    "NotFinite",
+    "Refused",
+    "RewardConflict",
+    "RewardReceipt",
+    "SurefootError",
+    "Unauthorized",
+    "Unavailable",
+    "UnknownAction",
+    "UnknownDecision",
+    "UnknownField",
+    "UnknownPolicy",
+    "Unreachable",
+    "Unreadable",
+    "transitions",
+]

@@ -13,6 +13,7 @@
     │   ├── RewardConflict          409  another reward stands under the same (decision_id, reward_id)
     │   ├── NoSafeAction            409  nothing is allowed and the policy declares `fallback: none`
     │   ├── KeyReused               422  an Idempotency-Key came back with another body
+    │   ├── KeyInUse                409  the first request with this Idempotency-Key is still running
     │   ├── BodyTooLarge            413
     │   ├── Unauthorized            401, 403
     │   └── Unavailable             503  nothing was kept, and retrying did not help within `retry_for_s`
@@ -113,12 +114,18 @@ class KeyReused(ApiError):
     codes = ("idempotency_key_reused",)
 
 
+class KeyInUse(ApiError):
+    codes = ("idempotency_key_in_use",)
+
+
 class BodyTooLarge(ApiError):
     codes = ("body_too_large",)
 
 
 class Unauthorized(ApiError):
     """The token is missing or wrong (401), or does not give this right (403)."""
+
+    codes = ("unauthorized",)
 
 
 class Unavailable(ApiError):

@@ -16,16 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
+from tests.conftest import Server
+
 ROOT = Path(__file__).parents[2]
 TRUTH: dict[str, Any] = {"decision_id": "d", "action": 1, "propensity": 0.99, "logged": True, "status": "joined"}
-
-
-class Server(Protocol):
-    url: str
 
 
 def run_locust(url: str, *arguments: str, decisions: int = 60) -> tuple[int, dict[str, dict[str, Any]]]:

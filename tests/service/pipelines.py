@@ -15,7 +15,7 @@ from policies.engine import Engine
 from policies.route import Routes
 from service.act import Decider
 from service.clock import ManualClock
-from service.decision import DecisionEvent
+from service.decision import DecisionEvent, decode_events
 from service.ids import Keyring, policy_digest
 from service.ledger import Ledger
 from service.metrics import Metrics
@@ -77,7 +77,5 @@ def rows(*states: list[float], **fields: object) -> list[Row]:
 
 def recorded(ledger: Ledger) -> list[DecisionEvent]:
     """The decision events that a ledger in memory holds for the policy `toy`, oldest first."""
-    import msgspec
-
-    decode = msgspec.msgpack.Decoder(list[DecisionEvent]).decode
-    return [event for row in ledger.register("toy").window for event in decode(row.blob)]
+    events = [event for row in ledger.register("toy").window for event in decode_events(row.blob)]
+    return [event for event in events if isinstance(event, DecisionEvent)]

@@ -138,11 +138,10 @@ def test_a_tier_and_a_slot_belong_together(tmp_path: Path) -> None:
 def test_a_full_buffer_refuses_and_takes_again_after_the_commit(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_ledger(tmp_path, max_buffer_bytes=100_000) as ledger:
-            done = []
-            with pytest.raises(LedgerFull):  # no turn of the loop in between: nothing can be committed meanwhile
-                for _ in range(1000):
-                    done.append(ledger.append_nowait("p", 1, bytes(1000), 1).committed)
-            assert len(done) == 100
+            # No turn of the loop in between: nothing can be committed meanwhile.
+            done = [ledger.append_nowait("p", 1, bytes(1000), 1).committed for _ in range(100)]
+            with pytest.raises(LedgerFull):
+                ledger.append_nowait("p", 1, bytes(1000), 1)
             assert not ledger.accepting
             assert ledger.statistics().state == "full"
             await asyncio.gather(*done)

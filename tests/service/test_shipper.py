@@ -165,7 +165,7 @@ def test_a_lone_event_lingers_and_a_full_batch_does_not(tmp_path: Path, server: 
             await world.decide(1)
             await world.shipper.run_once()
             assert not server.transitions()
-            clock.advance(int(LINGER_S * 1000))
+            clock.advance(int(LINGER_S * 1000) + 1)
             assert await world.shipper.run_once()
             assert server.transitions() == once(world.ids)
             await world.decide(4, events=8)
@@ -431,11 +431,10 @@ def test_a_lost_reply_applies_nothing_twice(tmp_path: Path, server: Server) -> N
 # Workers that die
 
 DYING = """
-import asyncio, sys
+import asyncio, structlog, sys
 from pathlib import Path
 from service.clock import SystemClock
-from service.ledger import Ledger
-from service.slots import take_slot
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for what was acknowledged
 sys.path.insert(0, sys.argv[2])
 from tests.service.test_shipper import POLICY, open_world
 
@@ -455,9 +454,10 @@ def test_a_killed_worker_is_shipped_by_the_next_and_nothing_twice(tmp_path: Path
     root = Path(__file__).parents[2]
     for turn in range(3):
         arguments = [sys.executable, "-c", DYING, str(tmp_path), str(root), server.url]
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as worker:
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
             assert worker.stdout is not None
             acked += [worker.stdout.readline().strip() for _ in range(100 + 150 * turn)]
+            assert acked[-1], "it died by itself"
             worker.send_signal(signal.SIGKILL)
             acked += [line.strip() for line in worker.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
 

@@ -32,7 +32,7 @@ def numbers(stream: Transitions) -> list[int]:
 
 
 def pending(store: redis.Redis, policy: str) -> int:
-    return int(store.xpending(key(policy), "g")["pending"])  # type: ignore[index]
+    return int(store.xpending(key(policy), "g")["pending"])
 
 
 def test_a_batch_holds_every_column_exactly(valkey: Valkey, store: redis.Redis, policy: str) -> None:

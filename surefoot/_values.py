@@ -1,0 +1,71 @@
+"""Turn what callers hold (lists, dicts, numpy arrays and scalars, tensors) into what JSON can carry. Pure.
+
+Promise: nothing is rounded, and NaN and Infinity never leave: JSON has no way to say them, and an encoder that writes
+null instead would change a state silently. The refusal names the element as the service would: `state.cpu`, `state[2]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from surefoot.errors import FieldProblem, InvalidField, NotFinite
+
+
+def plain(value: Any, path: str) -> Any:
+    """Give `value` as dicts, lists, strings and numbers. Raises NotFinite or InvalidField, naming the element."""
+    if isinstance(value, float):
+        return _finite(float(value), path)
+    if value is None or isinstance(value, str | bool | int):
+        return value if not isinstance(value, np.generic) else value.item()
+    if isinstance(value, list | tuple):
+        return [plain(element, f"{path}[{index}]") for index, element in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {_name(name, path): plain(element, f"{path}.{name}") for name, element in value.items()}
+    if hasattr(value, "__array__"):
+        return _from_array(np.asarray(value), path)
+    raise _refused(f"a {type(value).__name__} cannot be sent", path)
+
+
+def number(value: Any, path: str) -> float | int:
+    """Give `value` as one finite number."""
+    found = plain(value, path)
+    if isinstance(found, bool) or not isinstance(found, float | int):
+        raise _refused(f"a number is needed, not {type(value).__name__}", path)
+    return found
+
+
+def _from_array(array: np.ndarray[Any, Any], path: str) -> Any:
+    if array.dtype.kind == "f":
+        wrong = np.argwhere(~np.isfinite(array))
+        if len(wrong):
+            element = path + "".join(f"[{index}]" for index in wrong[0])
+            _finite(float(array[tuple(wrong[0])]), element)
+        return array.tolist()
+    if array.dtype.kind in "biuU":
+        return array.tolist()
+    if array.dtype.kind == "O":
+        return plain(array.tolist(), path)
+    raise _refused(f"an array of {array.dtype} cannot be sent", path)
+
+
+def _finite(value: float, path: str) -> float:
+    if math.isfinite(value):
+        return value
+    detail = f"the value is {value}; it was not sent"
+    raise NotFinite(detail, status=422, title="A number is not finite", errors=[FieldProblem(path, detail)])
+
+
+def _name(name: Any, path: str) -> str:
+    if isinstance(name, str):
+        return str(name)
+    raise _refused(f"names must be strings, not {type(name).__name__}", path)
+
+
+def _refused(detail: str, path: str) -> InvalidField:
+    detail = f"{detail}; it was not sent"
+    title = "A field has the wrong type, shape or value"
+    return InvalidField(detail, status=422, title=title, errors=[FieldProblem(path, detail)])

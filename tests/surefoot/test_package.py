@@ -1,0 +1,93 @@
+"""The package agrees with the service and with its own documentation."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import policies.errors
+import surefoot
+from service import wire
+from surefoot import _protocol as protocol
+from surefoot.errors import ApiError, api_error
+from tests.surefoot.stream_entries import fields
+
+DOCS = (Path(surefoot.__file__).parent.parent / "docs" / "client.md").read_text()
+
+
+def subclasses(kind: type) -> list[type]:
+    return [kind, *(leaf for child in kind.__subclasses__() for leaf in subclasses(child))]
+
+
+def test_all_is_what_the_package_shows() -> None:
+    shown = {name for name, value in vars(surefoot).items() if inspect.isclass(value) or inspect.isfunction(value)}
+    assert sorted(surefoot.__all__) == sorted(shown)
+    assert surefoot.__all__ == sorted(surefoot.__all__)
+
+
+def test_every_error_is_exported_and_documented() -> None:
+    for kind in subclasses(surefoot.SurefootError):
+        assert kind.__name__ in surefoot.__all__
+        assert f"`{kind.__name__}`" in DOCS
+
+
+def test_every_code_is_one_of_the_services_and_keeps_its_class() -> None:
+    service_codes = {kind.code: kind for kind in subclasses(policies.errors.SurefootError)}  # type: ignore[attr-defined]
+    for kind in subclasses(ApiError):
+        for code in kind.codes:  # type: ignore[attr-defined]
+            assert code in service_codes
+            assert type(api_error(code, service_codes[code].status, "")) is kind
+    unavailable = {each.code for each in subclasses(policies.errors.Unavailable)}  # type: ignore[attr-defined]
+    assert unavailable == set(surefoot.Unavailable.codes)
+
+
+def test_an_unknown_code_is_an_api_error_with_that_code() -> None:
+    error = api_error("from_the_future", 418, "why")
+    assert (type(error), error.code, error.status) == (ApiError, "from_the_future", 418)
+
+
+def test_the_requests_have_the_services_fields() -> None:
+    for build, request, own in (
+        (protocol.act, wire.ActRequest, {"idempotency_key"}),
+        (protocol.act_batch, wire.ActBatchRequest, set()),
+        (protocol._reward_body, wire.RewardRequest, {"path", "value"}),
+    ):
+        parameters = set(inspect.signature(build).parameters) - own  # type: ignore[arg-type]
+        assert parameters | {"reward"} == set(request.__struct_fields__) | {"reward"}
+
+
+def test_the_options_are_those_of_the_builders_and_documented() -> None:
+    for build, options in (
+        (protocol.act, protocol.ActOptions),
+        (protocol.act_batch, protocol.ActBatchOptions),
+        (protocol._reward_body, protocol.RewardOptions),
+    ):
+        keywords = {
+            name
+            for name, parameter in inspect.signature(build).parameters.items()  # type: ignore[arg-type]
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        assert keywords == set(options.__annotations__)
+        for name in keywords:
+            assert re.search(rf"\b{name}\b", DOCS)
+
+
+def test_the_answers_have_the_services_fields() -> None:
+    from surefoot import answers
+
+    for ours, theirs in (
+        (answers.Decision, wire.ActResponse),
+        (answers.Exploration, wire.Exploration),
+        (answers.Safety, wire.Safety),
+        (answers.RewardReceipt, wire.RewardResponse),
+        (answers._Columns, wire.ActBatchResponse),
+    ):
+        assert set(ours.__struct_fields__) == set(theirs.__struct_fields__)
+
+
+def test_the_join_writes_the_fields_that_are_read() -> None:
+    join = (Path(wire.__file__).parent / "join.lua").read_text()
+    start = join.index("':transitions', '*'")
+    written = re.findall(r"'([a-z]{1,2})', ", join[start : join.index("births[state]", start)])
+    assert sorted(written) == sorted(fields(0))
