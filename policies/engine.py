@@ -9,12 +9,16 @@ cores). ONNX Runtime falls back to CPU without an error when CUDA is missing, so
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+# ONNX Runtime's Linux builds report usage to their vendor unless told not to. A policy server does not phone home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from policies.bundle import PolicyBundle

@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+import structlog
 from prometheus_client import CollectorRegistry
 
 from service.api import build_api
 from service.body import Scope
 from service.runtime import Runtime, running
 from service.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 
 class App:
@@ -49,6 +52,7 @@ class App:
                 await receive()
         except Exception as error:
             started = "runtime" in self._state
+            log.error("worker_failed", error=str(error), field=getattr(error, "field", None), started=started)
             await send({"type": f"lifespan.{'shutdown' if started else 'startup'}.failed", "message": str(error)})
             raise
         await send({"type": "lifespan.shutdown.complete"})

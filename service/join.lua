@@ -15,7 +15,7 @@
 --          B:d:<id>  decision, "P"ending without expiry or "C"losed with record_ttl        B:r:<id>  waiting reward
 --          B:due  pending decisions by deadline     B:early  rewards that wait for their decision, by patience
 --          B:e:<episode>  step -> id     B:t:<episode>  ids without a step by event time     B:ord  those, over all episodes
---          B:transitions, B:late, B:orphan  streams
+--          B:transitions, B:late, B:orphan  streams     B:lost  lane -> events that are gone
 
 local B = KEYS[1]
 local c = redis.call
@@ -43,7 +43,10 @@ local function pair(text)
 end
 
 local last = pair(c('HGET', WM, LANE)) or 0
-if first > last + 1 and not force then return {'GAP', last} end
+if first > last + 1 then
+  if not force then return {'GAP', last} end
+  c('HINCRBY', B .. ':lost', LANE, first - last - 1)  -- the spool holds them no more: trainers are told
+end
 
 -- The low watermark: the least event time that some producer heard of lately has yet to ship beyond.
 local function watermark()
@@ -82,11 +85,21 @@ local function keep_late(id, r, why)
   lates = lates + 1
 end
 
+-- An episode's step -> id; the mark says that the step before it has closed and asks for it no more.
+local MARK = '!'
+
+local function at_step(episode, step)
+  local id = c('HGET', B .. ':e:' .. episode, step)
+  if not id then return nil, false end
+  if string.sub(id, 1, 1) == MARK then return string.sub(id, 2), true end
+  return id, false
+end
+
 -- The successor that is certain by now: step + 1, or without steps the next by event time once the watermark has passed.
 local function successor(d)
   if d[1] == '' then return nil end
   if d[2] >= 0 then
-    local id = c('HGET', B .. ':e:' .. d[1], d[2] + 1)
+    local id = at_step(d[1], d[2] + 1)
     return id and load_decision(id) or nil, 'step'
   end
   local key = B .. ':t:' .. d[1]
@@ -101,7 +114,14 @@ end
 local function forget(d)
   if d[1] == '' then return end
   if d[2] >= 0 then
-    c('HDEL', B .. ':e:' .. d[1], d[2] + 1)
+    local key = B .. ':e:' .. d[1]
+    local nid = at_step(d[1], d[2] + 1)
+    if nid then
+      if c('GETRANGE', B .. ':d:' .. nid, 0, 0) == 'P' then c('HSET', key, d[2] + 1, MARK .. nid)
+      else c('HDEL', key, d[2] + 1) end
+    end
+    local _, marked = at_step(d[1], d[2])
+    if marked then c('HDEL', key, d[2]) end
     return
   end
   local key = B .. ':t:' .. d[1]
@@ -175,9 +195,9 @@ local function on_decision(event, seq)
   if episode ~= '' then
     if step >= 0 then
       local key = B .. ':e:' .. episode
-      c('HSET', key, step, id)
+      c('HSET', key, step, step == 0 and MARK .. id or id)
       c('PEXPIRE', key, successor_ttl)
-      local before = c('HGET', key, step - 1)
+      local before = at_step(episode, step - 1)
       if before then try(load_decision(before)) end
     else
       local key = B .. ':t:' .. episode

@@ -27,7 +27,7 @@ from service.ids import DecisionId, Keyring
 from service.ledger import Appended, Ledger
 from service.metrics import Metrics
 from service.states import StateReader
-from service.wire import RewardBatchRequest, RewardBatchResponse, RewardRequest, RewardResponse, Verdict
+from service.wire import ABSENT, RewardBatchRequest, RewardBatchResponse, RewardRequest, RewardResponse, Verdict
 
 
 class Verdicts(Protocol):
@@ -188,7 +188,7 @@ class Rewards:
 def _digest(request: RewardRequest) -> str:
     """Digest of the canonical body: field order and spacing do not matter, values do."""
     fields = msgspec.structs.asdict(request)
-    fields["next_state"] = msgspec.json.decode(request.next_state) if request.next_state is not None else None
+    fields["next_state"] = msgspec.json.decode(request.next_state) if bytes(request.next_state) not in ABSENT else None
     canonical = msgspec.json.encode(fields, order="deterministic")
     return blake2b(canonical, digest_size=8).hexdigest()
 
@@ -207,7 +207,7 @@ def _flags(request: RewardRequest) -> int:
 
 
 def _next_state(request: RewardRequest, policy: Rewarded) -> bytes:
-    if request.next_state is None:
+    if bytes(request.next_state) in ABSENT:
         return b""
     state = policy.observation.array([policy.states.read(request.next_state, "next_state")])
     if policy.observation.first_not_finite(state) is not None:

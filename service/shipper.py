@@ -24,6 +24,7 @@ from policies.errors import StoreAway
 from service.clock import Clock
 from service.lanes import Lane
 from service.ledger import Ledger
+from service.shipcall import Gap, Refused, ShipCall, Shipped
 from service.spool_file import Row
 from service.verdicts import Verdicts
 
@@ -37,34 +38,9 @@ MAX_BACKOFF_S = 1.0
 QUICK_REJECTS = 8
 FIRST_BACKOFF_S = 0.02
 
+__all__ = ["Gap", "Refused", "ShipCall", "Shipped", "Shipper", "ShipperStatistics", "Streams"]
+
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ShipCall:
-    """One call of the join: `count` events of one lane from `first_seq` on, or a heartbeat with none."""
-
-    policy: str
-    producer: str
-    epoch: int
-    first_seq: int
-    count: int
-    through_ms: int
-    now_ms: int
-    force: bool = False  # first_seq is right although it lies beyond what Redis has: the hole is known
-    bye: bool = False  # nothing more comes from this lane
-    blobs: tuple[bytes, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Shipped:
-    last: int
-    verdicts: tuple[tuple[int, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    last: int
 
 
 class Streams(Protocol):
@@ -72,10 +48,6 @@ class Streams(Protocol):
 
     async def ship(self, call: ShipCall) -> Shipped | Gap:
         """Raises StoreAway when it may work later, Refused when Redis will not take these events."""
-
-
-class Refused(Exception):
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +188,10 @@ class Shipper:
             return False
         try:
             return await self._advance(lane, hurry, now)
-        except Refused as refusal:  # of a heartbeat: the lane waits, the others go on
-            log.error("lane_refused", policy=lane.policy, producer=lane.producer, reason=str(refusal))
+        except StoreAway:
+            raise
+        except Exception:  # a heartbeat refused, a disk that cannot be read: this lane waits, the others go on
+            log.exception("lane_failed", policy=lane.policy, producer=lane.producer, epoch=lane.epoch)
             lane.blocked_until_s = now + MAX_BACKOFF_S
             return False
 
@@ -278,7 +252,6 @@ class Shipper:
             self._gaps += 1
             log.warning("join_gap", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)
             lane.rewind(reply.last)
-            lane.said_bye = False
             return before != (lane.known, lane.next_seq)
         if reply.last >= lane.assigned:
             log.error("join_is_ahead", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)

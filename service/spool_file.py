@@ -83,13 +83,7 @@ class SpoolFile:
         file = cls(path)
         try:
             file._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for pragma in (
-                "synchronous=OFF",
-                f"page_size={PAGE}",
-                "journal_mode=WAL",
-                "wal_autocheckpoint=0",
-                "cache_spill=OFF",
-            ):
+            for pragma in _PRAGMAS:
                 file._writer.execute(f"PRAGMA {pragma}").fetchall()
             file._writer.execute(_TABLE)
             file._connect()

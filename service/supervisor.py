@@ -9,8 +9,10 @@ next start adopts the Valkey.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess  # workers are this program again
@@ -31,6 +33,8 @@ BIND_WAIT_S = 10.0
 # Beyond drain delay and grace: flush, ship and exit.
 EXIT_S = 15.0
 RESTART_PAUSE_S = 1.0
+REDIS_URL = "SUREFOOT_REDIS_URL"
+STARTUP_FAILURE = 3  # uvicorn's exit code when the lifespan could not start
 
 
 def serve(settings: Settings) -> int:
@@ -67,8 +71,6 @@ class _Stop:
 
     def wait(self, seconds: float) -> None:
         """Sleep until a signal comes, at most so long."""
-        import select
-
         if select.select([self._read], [], [], seconds)[0]:
             os.read(self._read, 512)
 
@@ -82,9 +84,9 @@ class _Worker:
     def __init__(self, listener: socket.socket, redis_url: str, environment: dict[str, str]) -> None:
         read, self._write = os.pipe()
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "service.worker", str(listener.fileno()), str(read), redis_url],
+            [sys.executable, "-m", "service.worker", str(listener.fileno()), str(read)],
             pass_fds=(listener.fileno(), read),
-            env=environment,
+            env=environment | {REDIS_URL: redis_url},  # not an argument: it may hold a password
             start_new_session=True,  # Ctrl-C reaches the parent, which tells the worker
         )
         os.close(read)
@@ -113,7 +115,7 @@ def _supervise(
     settings: Settings, listener: socket.socket, redis_url: str, valkey: EmbeddedValkey | None, stop: _Stop
 ) -> int:
     environment = _environment(settings)
-    worker, began = _Worker(listener, redis_url, environment), time.monotonic()
+    worker, first = _Worker(listener, redis_url, environment), True
     host, port = listener.getsockname()[:2]
     log.info("listening", url=f"http://{host}:{port}", data_dir=str(settings.data_dir))
     code = 0
@@ -125,10 +127,10 @@ def _supervise(
             code = worker.exit_code
             log.error("worker_died", exit_code=code)
             worker.close()
-            if code == 1 and time.monotonic() - began < EXIT_S:
-                return 1  # it cannot start: the reason stands in the log, and would not change
+            if code == STARTUP_FAILURE and first:
+                return 1  # it has never started: the reason stands in the log, and would not change
             stop.wait(RESTART_PAUSE_S)
-            worker, began = _Worker(listener, redis_url, environment), time.monotonic()
+            worker, first = _Worker(listener, redis_url, environment), False
     listener.close()
     worker.stop(settings.drain_delay_s + settings.grace_s + EXIT_S, stop)
     worker.close()
@@ -152,7 +154,7 @@ def _bind(host: str, port: int) -> socket.socket:
         try:
             listener = socket.create_server((host, port), backlog=2048, family=_family(host))
         except OSError as error:
-            if time.monotonic() > deadline or not isinstance(error, OSError) or error.errno != 98:
+            if time.monotonic() > deadline or error.errno != errno.EADDRINUSE:
                 raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", "SUREFOOT_PORT") from None
             time.sleep(0.1)
             continue

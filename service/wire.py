@@ -21,6 +21,7 @@ from policies.errors import BadJson, InvalidField, MissingField, NotFinite, Requ
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Step = Annotated[int, Meta(ge=0, le=2**53)]
 Action = int | str
+ABSENT = (b"", b"null")  # a raw field that was left out, or is null
 
 INTERNAL = "internal_error"  # why nothing is known of a decision whose pipeline failed
 Context = dict[str, Any]
@@ -116,7 +117,7 @@ class RewardRequest(Struct, forbid_unknown_fields=True, frozen=True):
     reward: float
     reward_id: Name | None = None
     final: bool = False
-    next_state: Raw | None = None
+    next_state: Raw = msgspec.field(default_factory=Raw)
     terminated: bool = False
     truncated: bool = False
     executed: bool = True

@@ -61,9 +61,11 @@ class Server(uvicorn.Server):
 
 
 def main(arguments: list[str]) -> int:
-    """Run a worker. Arguments: the listening socket's descriptor, the parent pipe's, the Redis URL."""
-    listener, parent, redis_url = int(arguments[0]), int(arguments[1]), arguments[2]
+    """Run a worker. Arguments: the descriptors of the listening socket and of the parent's pipe."""
+    listener, parent = int(arguments[0]), int(arguments[1])
     settings = load_settings()
+    assert settings.redis_url is not None  # the parent says where its Valkey is
+    redis_url = settings.redis_url.get_secret_value()
     configure_logs(settings.log_level)
     try:
         return _serve(settings, socket.socket(fileno=listener), parent, redis_url)

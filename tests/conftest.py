@@ -50,12 +50,20 @@ class Server:
             "SUREFOOT_SPOOL_MIN_FREE_BYTES": "0",
             **self.settings,
         }
-        with (self.data_dir.parent / "server.log").open("a") as log:
+        path = self.data_dir.parent / "server.log"
+        path.touch()
+        before = self.log.count('"event": "listening"')
+        with path.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "service.cli", "serve"], env=environment, stderr=log, stdout=log, text=True
             )
-        self._wait(lambda: self.port or self._read_port(), "its port")
-        self._wait(self._ready, "readiness")
+        try:
+            self._wait(lambda: self.log.count('"event": "listening"') > before and self._read_port(), "listening")
+            self._wait(self._ready, "readiness")
+        except BaseException:
+            if self.process.poll() is None:
+                self.stop()
+            raise
 
     def kill(self) -> None:
         """SIGKILL the service: the parent and whatever workers it has."""

@@ -76,7 +76,11 @@ def test_imports_go_one_way() -> None:
 
 
 def test_only_the_edges_import_what_they_translate() -> None:
-    edges = {"redis": {"service/redis_streams.py", "service/valkey.py"}, "onnxruntime": {"policies/engine.py"}, "sqlite3": {"service/"}}
+    edges = {
+        "redis": {"service/redis_streams.py", "service/valkey.py"},
+        "onnxruntime": {"policies/engine.py"},
+        "sqlite3": {"service/"},
+    }
     for package in ("policies", "safety", "shadow", "service"):
         for path in (ROOT / package).rglob("*.py"):
             name = str(path.relative_to(ROOT))

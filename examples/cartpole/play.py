@@ -210,7 +210,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 async def run(options: argparse.Namespace, journal: Journal) -> int:
-    async with AsyncClient(options.url, token=options.token) as client:
+    async with AsyncClient(options.url, idempotent=True, token=options.token) as client:
         finished, failures = await play_all(client, options, journal)
     if finished:
         print(report(finished))

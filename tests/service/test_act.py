@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from policies.engine import Engine
 from policies.errors import LedgerFull, NoSafeAction
 from service.act import Decider
 from service.clock import ManualClock
@@ -277,13 +278,23 @@ def test_an_episode_whose_version_is_gone_switches_and_says_so() -> None:
     run(work)
 
 
+def count_calls(engine: Engine, calls: list[int]) -> None:
+    """Note the number of rows of each call of the network."""
+    run_engine = engine.run
+
+    def run_and_note(states: Any) -> Any:
+        calls.append(len(states))
+        return run_engine(states)
+
+    engine.run = run_and_note  # type: ignore[method-assign]
+
+
 def test_rows_that_arrive_together_share_one_call_and_get_their_own_answers() -> None:
     async def work() -> None:
         calls: list[int] = []
         with decider(plan({"v1": constant("v1", 1)})) as (pipeline, ledger, _):
             engine = pipeline.plan.versions["v1"].engine
-            run_engine = engine.run
-            engine.run = lambda states: (calls.append(len(states)), run_engine(states))[1]  # type: ignore[method-assign]
+            count_calls(engine, calls)
             coalescer = Coalescer(pipeline, max_batch=8)
             futures = [coalescer.submit(rows([float(i), 0.0], episode=f"e{i}")) for i in range(20)]
             outcomes = [await future for future in futures]
@@ -302,8 +313,7 @@ def test_a_slow_network_runs_off_the_loop_and_the_next_batch_fills_meanwhile() -
         calls: list[int] = []
         with decider(plan({"v1": constant("v1", 1)})) as (pipeline, *_):
             engine = pipeline.plan.versions["v1"].engine
-            run_engine = engine.run
-            engine.run = lambda states: (calls.append(len(states)), run_engine(states))[1]  # type: ignore[method-assign]
+            count_calls(engine, calls)
             engine.predicted_s = lambda rows: 0.001  # type: ignore[method-assign]
             coalescer = Coalescer(pipeline, max_batch=64)
             first = coalescer.submit(rows([0.0, 1.0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,8 +19,9 @@ NAMED = {"cart_position": 0.01, "cart_velocity": -0.02, "pole_angle": 0.03, "pol
 
 
 @pytest.fixture
-def http(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=10.0)
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=10.0) as client:
+        yield client
 
 
 def act(http: httpx.Client, **fields: Any) -> dict[str, Any]:
@@ -100,6 +101,19 @@ def test_100_concurrent_rewards_under_one_id_make_one_reward(http: httpx.Client)
         assert accepted == (body["reward"] == stands) or answer.json().get("status") == "accepted"
 
 
+def test_a_rewards_own_next_state_wins(http: httpx.Client) -> None:
+    decision_id = act(http, episode=f"e-{uuid.uuid4()}", step=0)["decision_id"]
+    body = {"decision_id": decision_id, "reward": 1, "truncated": True, "next_state": NAMED}
+    assert http.post("/v1/reward", json=body).status_code == 202
+    join = decision(http, decision_id)["join"]
+    assert (join["state"], join["end"]) == ("joined", "truncated")
+    absent = act(http)["decision_id"]
+    for each in ({}, {"next_state": None}):
+        answer = http.post("/v1/reward", json={"decision_id": absent, "reward": 1} | each).json()
+        assert answer["status"] in {"joined", "early"}
+    assert answer["duplicate"] is True
+
+
 def test_a_batch_of_rewards_reports_each_verdict(http: httpx.Client) -> None:
     one, two = act(http)["decision_id"], act(http)["decision_id"]
     http.post("/v1/reward", json={"decision_id": one, "reward": 1})
@@ -161,10 +175,10 @@ def test_wrong_rewards_are_problems_too(http: httpx.Client) -> None:
         ({"decision_id": "x", "reward": 1}, 404, "unknown_decision", "decision_id"),
         ({"decision_id": decision_id, "reward": "1"}, 422, "invalid_field", "reward"),
         ({"decision_id": decision_id}, 422, "missing_field", "reward"),
-        ({"decision_id": decision_id, "reward": 1, "executed_action": "up"}, 422, "unknown_action", "executed_action"),
-        ({"decision_id": decision_id, "reward": 1, "next_state": [1]}, 422, "invalid_field", "next_state"),
+        (good | {"executed_action": "up"}, 422, "unknown_action", "executed_action"),
+        (good | {"next_state": [1]}, 422, "invalid_field", "next_state"),
         (
-            {"decision_id": decision_id, "reward": 1, "terminated": True, "truncated": True},
+            good | {"terminated": True, "truncated": True},
             422,
             "invalid_field",
             "truncated",

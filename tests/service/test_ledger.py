@@ -206,6 +206,8 @@ def test_a_hole_is_counted_once_however_often_it_is_met() -> None:
 
 def test_low_disk_is_refused_before_it_is_full(tmp_path: Path) -> None:
     async def scenario() -> None:
+        reports: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
         async with open_ledger(tmp_path, min_free_bytes=1 << 60) as ledger:
             appended = [ledger.append_nowait("p", 1, b"x", 1) for _ in range(3)]
             for each in appended[:2]:
@@ -213,6 +215,7 @@ def test_low_disk_is_refused_before_it_is_full(tmp_path: Path) -> None:
                     await each.committed
             del appended, each  # the third is never awaited
             gc.collect()
+            assert not reports
             assert not ledger.accepting
             assert ledger.statistics().state == "broken"
             with pytest.raises(LedgerBroken, match="reserve"):
@@ -223,7 +226,7 @@ def test_low_disk_is_refused_before_it_is_full(tmp_path: Path) -> None:
 
 
 LIMITED = """
-import asyncio, resource, sys
+import asyncio, os, resource, sys
 from pathlib import Path
 from policies.errors import LedgerBroken
 from service.clock import SystemClock
@@ -234,6 +237,7 @@ def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 async def main():
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: os._exit(3))
     ledger = Ledger(take_slot(Path(sys.argv[1])), SystemClock(), min_free_bytes=0, probe_s=0.01)
     async def append(count):
         for k in range(count):
@@ -254,6 +258,16 @@ async def main():
     except LedgerBroken:
         print("broken", flush=True)
     await recovered()       # a fresh file has room
+    await append(5)
+    # One that does not fit, and behind it more than one commit's worth of rows that would.
+    doomed = [ledger.append_nowait("p", 1, bytes(size), 1) for size in (300_000, *[10] * 3000)]
+    for each in doomed:
+        try:
+            await each.committed
+        except LedgerBroken:
+            continue
+        print("acked", each.first_seq, "never", flush=True)
+    await recovered()
     await append(5)
     limit(0)                # nothing can be written at all
     try:
@@ -353,6 +367,8 @@ def test_a_dead_workers_slot_is_adopted_once_it_has_lain_free_and_let_go_when_sh
             rows = await ledger.read(lane, 10, 1000)
             assert [row.blob for row in rows] == [b"one", b"two"]
             assert ledger.statistics().unshipped_events == 2
+            await ledger.tidy()
+            assert ledger.lanes() == [lane], "what is not shipped stays"
             lane.ack(2)
             await ledger.tidy()
             clock.advance(119_000)
@@ -365,6 +381,21 @@ def test_a_dead_workers_slot_is_adopted_once_it_has_lain_free_and_let_go_when_sh
             again = hold_free_slot(tmp_path, dead.number)
             assert again is not None
             again.release()
+
+    asyncio.run(scenario())
+
+
+def test_closing_lets_go_of_slots_that_are_not_shipped_yet(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path) as ledger:
+            dead = await left_behind(tmp_path, [b"one"])
+            await ledger.tidy()
+            await ledger.tidy()
+            assert hold_free_slot(tmp_path, dead.number) is None
+        again = hold_free_slot(tmp_path, dead.number)
+        assert again is not None
+        assert again.epochs()
+        again.release()
 
     asyncio.run(scenario())
 

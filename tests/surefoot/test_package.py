@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import policies.errors
 import surefoot
@@ -16,7 +17,7 @@ from tests.surefoot.stream_entries import fields
 DOCS = (Path(surefoot.__file__).parent.parent / "docs" / "client.md").read_text()
 
 
-def subclasses(kind: type) -> list[type]:
+def subclasses(kind: Any) -> list[Any]:
     return [kind, *(leaf for child in kind.__subclasses__() for leaf in subclasses(child))]
 
 
@@ -33,12 +34,12 @@ def test_every_error_is_exported_and_documented() -> None:
 
 
 def test_every_code_is_one_of_the_services_and_keeps_its_class() -> None:
-    service_codes = {kind.code: kind for kind in subclasses(policies.errors.SurefootError)}  # type: ignore[attr-defined]
+    service_codes = {kind.code: kind for kind in subclasses(policies.errors.SurefootError)}
     for kind in subclasses(ApiError):
-        for code in kind.codes:  # type: ignore[attr-defined]
+        for code in kind.codes:
             assert code in service_codes
             assert type(api_error(code, service_codes[code].status, "")) is kind
-    unavailable = {each.code for each in subclasses(policies.errors.Unavailable)}  # type: ignore[attr-defined]
+    unavailable = {each.code for each in subclasses(policies.errors.Unavailable)}
     assert unavailable == set(surefoot.Unavailable.codes)
 
 
@@ -53,7 +54,7 @@ def test_the_requests_have_the_services_fields() -> None:
         (protocol.act_batch, wire.ActBatchRequest, set()),
         (protocol._reward_body, wire.RewardRequest, {"path", "value"}),
     ):
-        parameters = set(inspect.signature(build).parameters) - own  # type: ignore[arg-type]
+        parameters = set(inspect.signature(build).parameters) - own
         assert parameters | {"reward"} == set(request.__struct_fields__) | {"reward"}
 
 
@@ -65,7 +66,7 @@ def test_the_options_are_those_of_the_builders_and_documented() -> None:
     ):
         keywords = {
             name
-            for name, parameter in inspect.signature(build).parameters.items()  # type: ignore[arg-type]
+            for name, parameter in inspect.signature(build).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
         assert keywords == set(options.__annotations__)

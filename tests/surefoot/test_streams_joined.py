@@ -87,6 +87,16 @@ def test_an_episode_comes_out_as_it_was_played(valkey: Valkey, policy: str, ship
     assert set(batch.join_states) == {"joined"}
 
 
+def test_each_reward_before_the_next_decision(valkey: Valkey, policy: str, shipper: Shipper) -> None:
+    """The order in which a single player sends: nothing waits for the end of the reward window."""
+    for n in range(5):
+        shipper.ship(decision(n), reward(n, RewardFlags.TERMINATED if n == 4 else RewardFlags.NONE))
+    with reader(valkey, policy) as stream:
+        batch = next(stream)
+    assert batch.steps.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(batch.next_states[:4], batch.states[1:])
+
+
 def test_ends_of_every_kind(valkey: Valkey, policy: str, shipper: Shipper) -> None:
     shipper.ship(decision(0, "a"), reward(0, RewardFlags.TRUNCATED, state(9)))
     shipper.ship(decision(1, "b"), reward(1, RewardFlags.TRUNCATED))
