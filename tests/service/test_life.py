@@ -54,7 +54,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> 
 
 def transitions(server: Server, policy: str = "cartpole") -> list[dict[bytes, bytes]]:
     with redis.Redis.from_url(server.redis_url) as client:
-        return [fields for _, fields in client.xrange(f"sf:{{{policy}}}:transitions")]  # type: ignore[union-attr]
+        return [fields for _, fields in client.xrange(f"sf:{{{policy}}}:transitions")]
 
 
 @dataclass
@@ -78,7 +78,7 @@ def play(url: str, journal: Journal, stop: threading.Event) -> None:
                     journal.acted.append(decision)
                     body = {"decision_id": decision, "reward": random.random(), "terminated": step == 4}
                     if client.post("/v1/reward", json=body).status_code == 202:
-                        journal.rewarded[decision] = body["reward"]  # type: ignore[assignment]
+                        journal.rewarded[decision] = body["reward"]
                 except (httpx.HTTPError, ValueError, KeyError):
                     journal.failed += 1
                     stop.wait(0.05)
@@ -194,7 +194,7 @@ def test_decisions_go_on_while_redis_is_away_and_nothing_is_lost(fresh: Server) 
     fresh.start()
     with httpx.Client(base_url=fresh.url, timeout=10.0) as client:
         with redis.Redis.from_url(fresh.redis_url) as valkey:
-            pid = int(valkey.info("server")["process_id"])  # type: ignore[index]
+            pid = int(valkey.info("server")["process_id"])
         os.kill(pid, signal.SIGSTOP)  # a black hole: connections stay open, nothing answers
         try:
             decisions = []

@@ -1,0 +1,119 @@
+"""What is recorded can be read back, by Lua and by people."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from policies.route import Assignment
+from service.decision import (
+    DecisionEvent,
+    Event,
+    RewardEvent,
+    RewardFlags,
+    RewardRecord,
+    decode_events,
+    decode_record,
+    decode_reward_record,
+    encode_events,
+    encode_record,
+)
+from service.history import describe
+from service.metrics import Metrics
+from service.pins import Pins
+from service.plan import Row
+from service.wire import ActResponse
+from tests.policies.networks import indexer, logarithm
+from tests.service.pipelines import decider, plan, recorded, version
+
+METRICS = Metrics(CollectorRegistry())
+raw = st.one_of(st.binary(max_size=40), st.sampled_from([31, 32, 255, 256, 65_535, 65_536]).map(lambda n: b"\xff" * n))
+whole = st.integers(0, 2**53)
+
+
+@given(
+    st.builds(DecisionEvent, st.text(), st.text(), st.integers(-1, 2**53), whole, whole, whole, raw, raw, raw),
+    st.builds(
+        RewardEvent, st.text(), st.text(), st.text(), whole, whole, whole, st.integers(-1, 9), raw, st.text(), raw
+    ),
+)
+def test_events_come_back_as_they_were(decision: DecisionEvent, reward: RewardEvent) -> None:
+    events: list[Event] = [decision, reward]
+    assert decode_events(encode_events(events)) == events
+
+
+def test_reward_records_come_back() -> None:
+    record = RewardRecord(metrics={"a": 1.0})
+    assert decode_reward_record(encode_record(record)) == record
+    assert RewardFlags.TERMINATED | RewardFlags.NOT_EXECUTED == 9
+
+
+NAN = version(METRICS, "v1", logarithm(), golden_states=[[1.0, 1.0]], golden_outputs=[[0.0, 0.0]])
+RAISES = version(METRICS, "v1", indexer(), golden_outputs=[[1.0, 0.0], [0.0, 1.0]])
+
+
+def described(loaded: object, row: Row) -> tuple[ActResponse, dict[str, object]]:
+    async def work() -> tuple[ActResponse, dict[str, object]]:
+        with decider(plan({"v1": loaded})) as (pipeline, ledger, _):  # type: ignore[dict-item]
+            (answer,) = await pipeline.decide([row])
+            (event,) = recorded(ledger)
+            assert isinstance(answer, ActResponse)
+            stored = SimpleNamespace(
+                **{name: getattr(event, name) for name in event.__struct_fields__}, producer="p", epoch=1, seq=1
+            )
+            return answer, describe(stored, decode_record(event.record))
+
+    return asyncio.run(work())
+
+
+def test_a_recorded_decision_reads_as_it_was_answered() -> None:
+    row = Row([5.0, 1.0], key="k", episode="e", step=3, context={"hour": 10}, explore=False, include=("values",))
+    answer, shown = described(NAN, row)
+    same = ("decision_id", "policy", "version", "assigned_version", "role", "generation", "action", "propensity")
+    assert {name: shown[name] for name in same} == {name: getattr(answer, name) for name in same}
+    assert (shown["key"], shown["episode"], shown["step"], shown["context"]) == ("k", "e", 3, {"hour": 10})
+    assert shown["state"] == [5.0, 1.0]
+    why = shown["why"]
+    assert isinstance(why, dict)
+    assert why["outputs"] == answer.values
+    assert (why["target"], why["behaviour"], why["mask"]) == ([1.0, 0.0], [1.0, 0.0], [True, True])
+
+
+@pytest.mark.parametrize(("loaded", "state"), [(NAN, [-1.0, 1.0]), (RAISES, [9.0, 0.0])])
+def test_what_is_not_a_number_is_shown_as_null(loaded: object, state: list[float]) -> None:
+    answer, shown = described(loaded, Row(list(state), include=("values",)))
+    assert answer.values is None
+    assert (shown["step"], shown["episode"]) == (None, None)
+    why = shown["why"]
+    assert isinstance(why, dict)
+    assert why["outputs"] == ([None, 0.0] if loaded is NAN else [])
+    assert why["behaviour"] == [1.0, 0.0]
+
+
+def test_pins_forget_the_least_recently_used_episode_first() -> None:
+    pins = Pins(capacity=2)
+    one, two = Assignment("v1", "champion", 1.0), Assignment("v2", "challenger", 0.5)
+    pins.put("a", one)
+    pins.put("b", two)
+    assert pins.get("a") == one
+    pins.put("a", two)
+    pins.put("c", one)
+    assert (pins.get("a"), pins.get("b"), pins.get("c"), len(pins)) == (two, None, one, 2)
+
+
+def test_states_are_recorded_little_endian_in_the_specs_dtype() -> None:
+    async def work() -> None:
+        with decider(plan({"v1": NAN})) as (pipeline, ledger, _):
+            await pipeline.decide([Row([1.5, 2.5])])
+            (event,) = recorded(ledger)
+            record = decode_record(event.record)
+            state = np.frombuffer(event.state, record.dtype).reshape(record.shape)
+            assert (record.dtype, state.tolist()) == ("<f4", [1.5, 2.5])
+
+    asyncio.run(work())
