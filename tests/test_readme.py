@@ -1,0 +1,93 @@
+"""What the README tells a newcomer to type works, word for word but for the port and the ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Server
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORTENED = "019aa3…"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def shell(command: str, server: Server) -> str:
+    """Run a command of the README against the running service."""
+    environment = os.environ | {"SUREFOOT_DATA_DIR": str(server.data_dir)}
+    command = command.replace("http://127.0.0.1:8080", server.url)
+    command = command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    done = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command(beginning: str) -> str:
+    found = [block.strip() for block in blocks("sh") if block.startswith(beginning)]
+    assert len(found) == 1, beginning
+    return found[0]
+
+
+@pytest.mark.skipif(subprocess.run(["which", "curl"], capture_output=True).returncode != 0, reason="curl is not here")
+def test_the_curl_commands_give_what_the_readme_shows(server: Server) -> None:
+    answer = json.loads(shell(command("curl -s http://127.0.0.1:8080/v1/act"), server))
+    shown = json.loads(blocks("json")[0])
+    assert answer.keys() == shown.keys()
+    assert {k: answer[k] for k in ("policy", "version", "role")} == {k: shown[k] for k in ("policy", "version", "role")}
+    reward = command("curl -s http://127.0.0.1:8080/v1/reward").replace(SHORTENED, answer["decision_id"])
+    assert json.loads(shell(reward, server))["status"] in {"joined", "early"}
+    (asked,) = re.findall(rf"`(curl -s [^`]*/v1/decisions/){SHORTENED}`", README)
+    assert json.loads(shell(asked + answer["decision_id"], server))["join"]["end"] == "terminated"
+
+
+def test_the_transitions_command_and_the_python_snippet_read_what_was_decided(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = command(".venv/bin/python examples/cartpole/play.py").replace("20", "1")
+    shell(f"{play} --url {server.url}", server)
+    lines = shell(command(".venv/bin/surefoot transitions tail"), server).splitlines()
+    assert [json.loads(line)["policy"] for line in lines] == ["cartpole"] * 3
+    (snippet,) = [block for block in blocks("python") if "transitions(" in block]
+    monkeypatch.chdir(server.data_dir.parent)  # where `data/` lies
+
+    class Trained(Exception):
+        pass
+
+    def train(states: object, *rest: object) -> None:
+        assert getattr(states, "shape", (0,))[1:] == (4,)
+        assert len(rest) == 5
+        raise Trained
+
+    with pytest.raises(Trained):
+        exec(snippet, {"train": train})
+
+
+def test_every_page_that_the_readme_and_the_pages_link_to_exists() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_subcommands_that_the_documents_name_exist() -> None:
+    from typer.main import get_command
+
+    from service.cli import app
+
+    tree = get_command(app)
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+        for named in re.findall(
+            r"surefoot ((?:serve|policy|config|transitions|replay)(?: [a-z]+)?)\b", page.read_text()
+        ):
+            group, _, name = named.partition(" ")
+            found = tree.commands[group]  # type: ignore[attr-defined]
+            assert not hasattr(found, "commands") or name in found.commands, f"{page.name} names {named!r}"
