@@ -10,7 +10,9 @@ from typing import Final, Literal
 
 from policies.types import Bools
 
-FallbackReason = Literal["inference_failed", "not_finite", "nothing_allowed", "no_mass_allowed", "check_failed"]
+FallbackReason = Literal[
+    "inference_failed", "inference_timeout", "not_finite", "nothing_allowed", "no_mass_allowed", "check_failed"
+]
 
 REQUEST_RULE: Final = "request"  # the name under which a caller's `allowed_actions` shows among the rules
 

@@ -53,6 +53,7 @@ class Decider:
         metrics: Metrics,
         device: Executor,
         random: Callable[[int], bytes] = os.urandom,
+        timeout_s: float = 1.0,
     ) -> None:
         self.plan = plan
         self._ledger = ledger
@@ -61,6 +62,7 @@ class Decider:
         self._metrics = metrics
         self._device = device
         self._random = random
+        self._timeout_s = timeout_s
         self.pins = Pins()
 
     async def decide(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -124,8 +126,12 @@ class Decider:
                 group.outputs = engine.run(group.states)
             else:
                 loop = asyncio.get_running_loop()
-                group.outputs = await loop.run_in_executor(self._device, engine.run, group.states)
-        except RuntimeError as error:
+                async with asyncio.timeout(self._timeout_s):
+                    group.outputs = await loop.run_in_executor(self._device, engine.run, group.states)
+        except TimeoutError:
+            group.failure = "inference_timeout"
+        except Exception as error:
+            group.failure = "inference_failed"
             log.error("inference_failed", policy=self.plan.policy, version=engine.bundle.version, error=str(error))
         group.infer_s = self._clock.monotonic_s() - started
         group.version.metrics.inference.observe(group.infer_s)

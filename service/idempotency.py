@@ -55,7 +55,7 @@ class Idempotency:
         if running is not None:
             self._same(running[0], digest)
             status, answer, headers = await asyncio.shield(running[1])
-            return status, answer, (*headers, REPLAYED)
+            return status, answer, (*(each for each in headers if each != REPLAYED), REPLAYED)
         task = asyncio.create_task(self._decide(policy, key, digest, decide))
         self._local[policy, key] = (digest, task)
         while len(self._local) > self._capacity:

@@ -99,6 +99,9 @@ class Metrics:
         self.ledger_bytes = self._gauge("ledger_bytes", "Bytes of events held in memory.")
         self.lost = self._gauge("ledger_lost_events", "Events that Redis lost and the spool no longer holds.")
         self.corrupt = self._gauge("ledger_corrupt_rows", "Spool rows that were torn or corrupt, and skipped.")
+        self.corrupt_files = self._gauge("ledger_corrupt_files", "Spool files found damaged, rebuilt or set aside.")
+        self.rejected = self._gauge("ledger_rejected_events", "Events that Redis refuses, set aside in rejected.db.")
+        self.ship_failures = self._gauge("ship_failures", "Calls of the join that Redis did not answer.")
         self.store_up = self._gauge("store_up", "Whether Redis answered the last call (1) or not (0).")
         self.info = Gauge(
             "surefoot_policy_info", "Loaded versions.", ["policy", "version", "digest", "role"], registry=registry

@@ -18,7 +18,7 @@ from policies.errors import SurefootError
 from policies.explore import Behaviour
 from policies.route import Assignment, Routes
 from policies.types import ActionSpec, Ints, ObservationSpec, Target
-from safety.types import Constraint
+from safety.types import Constraint, FallbackReason
 from service.wire import ActResponse
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class Group:
     switched: list[bool]
     states: npt.NDArray[np.floating]  # [B, *shape]
     outputs: npt.NDArray[np.floating] | None = None  # [B, n], None: the network failed
+    failure: FallbackReason | None = None  # how
     infer_s: float = 0.0
 
 

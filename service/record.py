@@ -202,7 +202,7 @@ class _Rows:
         if not self._fallen[i]:
             return None
         return reason(
-            inferred=self._group.outputs is not None,
+            failure=self._group.failure,
             finite=not self._settled.target.faulty[i],
             allowed=int(self._settled.constraint.mask[i].sum()),
         )

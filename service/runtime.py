@@ -87,6 +87,9 @@ class Runtime:
         self.metrics.ledger_bytes.set(now.held_bytes)
         self.metrics.lost.set(now.lost_events)
         self.metrics.corrupt.set(now.corrupt_rows)
+        self.metrics.corrupt_files.set(now.corrupt_files)
+        self.metrics.rejected.set(now.rejected_events)
+        self.metrics.ship_failures.set(self.shipper.statistics().failures)
 
 
 @contextlib.asynccontextmanager
@@ -118,7 +121,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         policies = {}
         for name, plan in plans.items():
             shipper.register(name)
-            decider = Decider(plan, ledger, keyring, clock, metrics, device)
+            decider = Decider(plan, ledger, keyring, clock, metrics, device, timeout_s=settings.inference_timeout_s)
             coalescer = Coalescer(decider, settings.max_batch)
             stack.push_async_callback(coalescer.aclose)
             policies[name] = Served(name, plan.observation, plan.action, StateReader(plan.observation), coalescer)

@@ -61,6 +61,8 @@ class Settings(BaseSettings):
     body_timeout_s: Seconds = Field(5.0, description="A body that takes longer gets 408.")
     max_batch: int = Field(1024, ge=1, le=65536, description="Most rows in one inference call or batch request.")
 
+    inference_timeout_s: Seconds = Field(1.0, description="A network call that takes longer gets the fallback.")
+
     # 64 MiB is some 200,000 small decisions: half a minute of full speed on one core.
     ledger_buffer_bytes: Bytes = Field(64 << 20, description="Events waiting in memory before the ledger refuses.")
     spool_min_free_bytes: int = Field(64 << 20, ge=0, description="Stop accepting events below this much free disk.")

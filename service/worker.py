@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from policies.errors import SurefootError
 from service.app import App
@@ -67,6 +68,7 @@ def main(arguments: list[str]) -> int:
     assert settings.redis_url is not None  # the parent says where its Valkey is
     redis_url = settings.redis_url.get_secret_value()
     configure_logs(settings.log_level)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nothing here reads
     try:
         return _serve(settings, socket.socket(fileno=listener), parent, redis_url)
     except SurefootError as error:

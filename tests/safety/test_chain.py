@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from safety.chain import check, constrain
 from safety.fallback import reason
-from safety.types import Constraint
+from safety.types import Constraint, FallbackReason
 
 allowed = st.lists(st.one_of(st.none(), st.lists(st.integers(-2, 6), max_size=5)), min_size=1, max_size=4)
 
@@ -47,15 +46,17 @@ def test_a_fallback_passes_the_last_look_only_if_it_exists() -> None:
     assert check([2], [False], [None], 2).tolist() == [False]
 
 
-def test_the_first_thing_that_went_wrong_is_the_reason() -> None:
-    for inferred, finite, left in product((True, False), (True, False), (0, 3)):
-        expected = (
-            "inference_failed"
-            if not inferred
-            else "not_finite"
-            if not finite
-            else "nothing_allowed"
-            if left == 0
-            else "no_mass_allowed"
-        )
-        assert reason(inferred=inferred, finite=finite, allowed=left) == expected
+@pytest.mark.parametrize(
+    ("failure", "finite", "left", "expected"),
+    [
+        ("inference_failed", False, 0, "inference_failed"),
+        ("inference_timeout", True, 3, "inference_timeout"),
+        (None, False, 0, "not_finite"),
+        (None, True, 0, "nothing_allowed"),
+        (None, True, 3, "no_mass_allowed"),
+    ],
+)
+def test_the_first_thing_that_went_wrong_is_the_reason(
+    failure: FallbackReason | None, finite: bool, left: int, expected: FallbackReason
+) -> None:
+    assert reason(failure=failure, finite=finite, allowed=left) == expected

@@ -51,7 +51,9 @@ def plan(versions: dict[str, LoadedVersion], challenger: str | None = None, weig
 
 
 @contextmanager
-def decider(in_force: Plan, metrics: Metrics | None = None) -> Iterator[tuple[Decider, Ledger, ManualClock]]:
+def decider(
+    in_force: Plan, metrics: Metrics | None = None, timeout_s: float = 5.0
+) -> Iterator[tuple[Decider, Ledger, ManualClock]]:
     """A pipeline whose ids are the same in every run. Needs a running event loop."""
     clock, numbers = ManualClock(), count()
     ledger = Ledger(None, clock, tier="memory")
@@ -65,6 +67,7 @@ def decider(in_force: Plan, metrics: Metrics | None = None) -> Iterator[tuple[De
                 metrics or Metrics(CollectorRegistry()),
                 device,
                 random=lambda size: b"".join(next(numbers).to_bytes(10, "big") for _ in range(size // 10)),
+                timeout_s=timeout_s,
             ),
             ledger,
             clock,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -322,6 +323,24 @@ def test_a_slow_network_runs_off_the_loop_and_the_next_batch_fills_meanwhile() -
             late = [coalescer.submit(rows([0.0, 1.0])) for _ in range(5)]
             await asyncio.gather(first, *late)
             assert calls == [1, 5]
+
+    run(work)
+
+
+def test_a_network_that_hangs_is_answered_with_the_fallback_and_does_not_hold_up_what_follows() -> None:
+    async def work() -> None:
+        loaded, release = constant("v1", 1), threading.Event()
+        with decider(plan({"v1": loaded}), timeout_s=0.05) as (pipeline, ledger, _):
+            run_engine = loaded.engine.run
+            loaded.engine.predicted_s = lambda rows: 1.0
+            loaded.engine.run = lambda states: (release.wait(30), run_engine(states))[1]
+            for _ in range(2):
+                (answer,) = answered(await pipeline.decide(rows([0.0, 1.0])))
+                assert (answer.fallback, answer.action, answer.propensity) == ("inference_timeout", 0, 1.0)
+            release.set()
+            (healed,) = answered(await pipeline.decide(rows([0.0, 1.0])))
+            assert (healed.fallback, healed.action) == (None, 1)
+            assert [decode_record(event.record).fallback for event in recorded(ledger)][-1] is None
 
     run(work)
 
