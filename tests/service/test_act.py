@@ -65,7 +65,10 @@ def test_an_answer_says_who_decided_what_with_which_probability() -> None:
     run(work)
 
 
-@pytest.mark.parametrize("loaded", [V1, SOFT], ids=["greedy", "stochastic"])
+WARM = version(METRICS, "v1", IDENTITY, temperature=3.0, exploration={"epsilon": 0.4})
+
+
+@pytest.mark.parametrize("loaded", [V1, SOFT, WARM], ids=["greedy", "logits", "temperature"])
 def test_replaying_every_decision_from_its_record_gives_the_same_action_and_propensity(loaded: Any) -> None:
     async def work() -> None:
         random = np.random.default_rng(5)

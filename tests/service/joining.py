@@ -1,0 +1,179 @@
+"""Drives the join script as the model is driven: the same batches in, the same outcomes out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from service.decision import DecisionEvent, Event, RewardEvent, encode_events
+from service.join import Batch, JoinConfig, Outcome, Transition
+from service.redis_streams import SCRIPT, base, script_arguments
+from service.shipcall import ShipCall
+
+Fields = dict[str, bytes]
+STREAMS = ("transitions", "late", "orphan")
+
+
+@dataclass
+class Seen:
+    """What one call did, in words that both the script and the model can be put into."""
+
+    last: int
+    gap: bool = False
+    verdicts: list[tuple[int, str]] = field(default_factory=list)
+    transitions: dict[str, Fields] = field(default_factory=dict)
+    late: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    orphans: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    lost: int = 0
+    pending: int = 0
+
+
+class ScriptJoin:
+    """`service/join.lua` on a real server, for one policy."""
+
+    def __init__(self, client: redis.Redis, policy: str, config: JoinConfig | None = None) -> None:
+        self.client = client
+        self.policy = policy
+        self.config = config or JoinConfig()
+        self.base = base(policy)
+        self._script = client.register_script(SCRIPT)
+        self._lengths = dict.fromkeys(STREAMS, 0)
+
+    def ship(self, batch: Batch, rows: int = 3) -> Seen:
+        """Make the call with `rows` events in each blob."""
+        parts = [batch.events[i : i + rows] for i in range(0, len(batch.events), rows)]
+        call = ShipCall(
+            self.policy, batch.producer, batch.epoch, batch.first_seq, len(batch.events), batch.through_ms,
+            batch.now_ms, batch.force, batch.bye, tuple(encode_events(list(part)) for part in parts),
+        )  # fmt: skip
+        reply: Any = self._script([self.base], script_arguments(call, self.config, batch.now_ms))
+        if reply[0] == b"GAP":
+            return Seen(reply[1], gap=True)
+        flat, counts = reply[2], reply[3]
+        verdicts = [(flat[i], flat[i + 1].decode()) for i in range(0, len(flat), 2)]
+        born, late, orphans = (self._news(stream) for stream in STREAMS)
+        transitions = {each["i"].decode(): each for each in born}
+        assert len(transitions) == len(born), "a decision gave two transitions at once"
+        joins = Counter(each["j"].decode() for each in born)
+        assert counts == [
+            *(joins[name] for name in ("joined", "defaulted", "void")),
+            len(late),
+            len(orphans),
+            counts[5],
+        ]
+        return Seen(
+            reply[1], False, verdicts, transitions,
+            Counter((*_aside(each), each["w"]) for each in late), Counter(_aside(each) for each in orphans),
+            counts[5], reply[4],
+        )  # fmt: skip
+
+    def entries(self, stream: str = "transitions") -> list[Fields]:
+        found: Any = self.client.xrange(f"{self.base}:{stream}")
+        return [_fields(entry) for _, entry in found]
+
+    def keys(self) -> set[str]:
+        """The suffixes of all keys there are."""
+        return {key.decode().removeprefix(self.base + ":") for key in self.client.scan_iter(self.base + ":*")}
+
+    def forget(self) -> None:
+        self.client.delete(*self.client.scan_iter(self.base + ":*"))
+        self._lengths = dict.fromkeys(STREAMS, 0)
+
+    def snapshot(self) -> dict[bytes, tuple[bytes, int]]:
+        keys: Any = self.client.scan_iter(self.base + ":*")
+        dumped: Any = {key: (self.client.dump(key), max(self.client.pttl(key), 0)) for key in keys}  # type: ignore[type-var]
+        return dumped
+
+    def restore(self, snapshot: dict[bytes, tuple[bytes, int]]) -> None:
+        self.forget()
+        for key, (value, ttl) in snapshot.items():
+            self.client.restore(key, ttl, value)
+        self._lengths = {stream: self._length(stream) for stream in STREAMS}
+
+    def _length(self, stream: str) -> int:
+        length: Any = self.client.xlen(f"{self.base}:{stream}")
+        return int(length)
+
+    def _news(self, stream: str) -> list[Fields]:
+        news = self._length(stream) - self._lengths[stream]
+        self._lengths[stream] += news
+        if not news:
+            return []
+        found: Any = self.client.xrevrange(f"{self.base}:{stream}", count=news)
+        return [_fields(entry) for _, entry in reversed(found)]
+
+
+def modelled(outcome: Outcome) -> Seen:
+    """Put what the model did into the script's words."""
+    return Seen(
+        outcome.last,
+        outcome.gap,
+        [(seq, str(verdict)) for seq, verdict in outcome.verdicts],
+        {each.decision.id: _entry(each) for each in outcome.transitions},
+        Counter((*_reward(reward), why.encode()) for reward, why in outcome.late),
+        Counter(_reward(reward) for reward in outcome.orphans),
+        outcome.lost,
+        outcome.pending,
+    )
+
+
+def _entry(transition: Transition) -> Fields:
+    d, by = transition.decision, transition.by
+    texts = {
+        "v": 1, "i": d.id, "p": transition.producer, "e": transition.epoch, "q": transition.seq, "ep": d.episode,
+        "st": d.step, "t": d.at_ms, "a": d.action, "r": transition.reward, "j": transition.join,
+        "x": transition.end.word, "b": int(transition.end.bootstrap), "ni": transition.next.id,
+        "o": transition.next.order, "at": by.at_ms if by else "", "ri": by.reward_id if by else "",
+        "tf": by.flags % 4 if by else 0,
+    }  # fmt: skip
+    raw = {
+        "s": d.state, "m": d.mask, "d": d.record, "n": transition.next.state, "nm": transition.next.mask,
+        "rd": by.record if by else b"",
+    }  # fmt: skip
+    return {name: str(value).encode() for name, value in texts.items()} | raw
+
+
+def _fields(entry: dict[bytes, bytes]) -> Fields:
+    return {name.decode(): value for name, value in entry.items()}
+
+
+def _aside(fields: Fields) -> tuple[bytes, ...]:
+    return tuple(fields[name] for name in ("i", "ri", "r", "at", "rd"))
+
+
+def _reward(reward: RewardEvent) -> tuple[bytes, ...]:
+    return (
+        reward.id.encode(), reward.reward_id.encode(), reward.reward.encode(), str(reward.at_ms).encode(), reward.record,
+    )  # fmt: skip
+
+
+def decision(id: str, episode: str = "", step: int = -1, at: int = 1_000, window: int = 10_000) -> DecisionEvent:
+    state, mask = f"state of {id}".encode(), b"\1\0\1"
+    return DecisionEvent(id, episode, step, at + window, at, 2, state, mask, b"record \xff of " + id.encode())
+
+
+def reward(
+    id: str,
+    at: int = 1_500,
+    value: str = "1.0",
+    reward_id: str = "",
+    flags: int = 0,
+    executed: int = -1,
+    sent: bytes = b"",
+    until: int = 20_000,
+) -> RewardEvent:
+    digest = f"{value}{flags}{executed}{sent!r}"
+    return RewardEvent(id, reward_id, digest, at, until, flags, executed, sent, value, b"its record")
+
+
+def beat(producer: str, seq: int, *events: Event, through: int = 0, now: int = 1_000, **options: Any) -> Batch:
+    return Batch(producer, 1, seq, events, through, now, **options)
+
+
+def only(found: Sequence[Fields]) -> Fields:
+    (one,) = found
+    return one
