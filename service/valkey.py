@@ -127,6 +127,8 @@ class EmbeddedValkey:
             arguments, cwd=self._folder, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(server_lock,)
         )
         self.pid = self._process.pid
+        with contextlib.suppress(OSError, AttributeError):  # the parent may be pinned to one core: its Valkey is not
+            os.sched_setaffinity(self.pid, range(os.cpu_count() or 1))
         if not _wait(lambda: not self._alive() or self._serving_pid() == self.pid, self._start_timeout_s):
             self._process.kill()
             self._process.wait()

@@ -66,7 +66,7 @@ def test_an_idempotency_key_holds_across_replicas(replicas: list[Server]) -> Non
 
 
 def test_a_record_that_has_expired_is_named_so(tmp_path: Path) -> None:
-    server = new_server(tmp_path, record_ttl_s="0", policies=str(short_window(tmp_path, 1)))
+    server = new_server(tmp_path, record_ttl_s="1", policies=str(short_window(tmp_path, 1)))
     server.start()
     try:
         decision = httpx.post(f"{server.url}/v1/act", json={"state": STATE}).json()["decision_id"]
