@@ -66,8 +66,10 @@ class Settings(BaseSettings):
     # 64 MiB is some 200,000 small decisions: half a minute of full speed on one core.
     ledger_buffer_bytes: Bytes = Field(64 << 20, description="Events waiting in memory before the ledger refuses.")
     spool_min_free_bytes: int = Field(64 << 20, ge=0, description="Stop accepting events below this much free disk.")
-    max_lag_s: Seconds = Field(300.0, ge=1, description="A silent producer holds reward deadlines back for this long.")
-    record_ttl_s: Seconds = Field(86_400.0, ge=1, description="A closed decision's record stays readable for this long.")
+    max_lag_s: Seconds = Field(300.0, ge=1, description="A silent producer holds reward deadlines back so long.")
+    record_ttl_s: Seconds = Field(
+        86_400.0, ge=1, description="A closed decision's record stays readable for this long."
+    )
     verdict_wait_s: Seconds = Field(0.05, description="A reward waits this long for the join's verdict.")
     idempotency_ttl_s: Seconds = Field(86_400.0, description="A repeated Idempotency-Key is recognised for this long.")
 
