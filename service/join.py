@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
+from msgspec import structs
+
 from service.decision import DecisionEvent, Event, RewardEvent, RewardFlags
 
 # Shippers call every second: a longer silence means that Redis was away, not the producers.
@@ -292,9 +294,14 @@ class ReferenceJoin:
 
     def _wait(self, reward: RewardEvent) -> Verdict:
         waiting = self._early.setdefault(reward.id, [])
-        for other in waiting:
+        for index, other in enumerate(waiting):
             if other.reward_id == reward.reward_id:
-                return Verdict.EARLY if other.digest == reward.digest else Verdict.CONFLICT
+                if other.digest != reward.digest:
+                    return Verdict.CONFLICT
+                patience = max(other.until_ms, reward.until_ms)  # sent twice: the copy accepted first counts
+                first = min(other, reward, key=lambda each: each.at_ms)
+                waiting[index] = structs.replace(first, until_ms=patience)
+                return Verdict.EARLY
         if len(waiting) == EARLY_KEPT:
             return self._put_aside(reward, Why.CLOSED)
         waiting.append(reward)

@@ -2,15 +2,19 @@
 
 Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `join.lua`):
 
-    sf:{policy}:d:<id>  r:<id>  e:<episode>  t:<episode>     decisions, waiting rewards, episodes
-    sf:{policy}:due  early  ord  wm  ev                      what is open, by time; lanes
-    sf:{policy}:transitions  late  orphan                    streams
-    sf:{policy}:idem:<digest>                                Idempotency-Key: claim, then answer
-    sf:keyring                                               the signing keys, made once
+    sf:{policy}:d:<id>  r:<id>  l:<id>               decisions; rewards that stand or wait; late ones already told
+    sf:{policy}:e:<episode>:<step>  w:…  t:<episode>  s:<id>     episodes: states, who waits, order by time
+    sf:{policy}:due  early  ord                      what is open, by time
+    sf:{policy}:wm  seen  ev  up  horizon  hold      lanes and time
+    sf:{policy}:transitions  late  orphan            streams
+    sf:{policy}:lost                                 lane -> events that are gone; trainers read it
+    sf:{policy}:idem:<digest>                        Idempotency-Key: claim, then answer
+    sf:keyring                                       the signing keys, made once
 
 Strategy: redis-py's async client retries ten times by default and would repeat a script whose reply was lost; here it
-never retries, times out soon, and the shipper decides. Promise: a call raises StoreAway when it may work later, Refused
-when Redis will not take just these events; it never hangs.
+never retries, times out soon, and the shipper decides.
+Promise: a call raises StoreAway when it may work later, Refused when Redis will not take just these events; it never
+hangs. What it raises besides is a bug.
 """
 
 from __future__ import annotations
@@ -24,23 +28,24 @@ from typing import Any, Literal, cast
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import DataError, NoScriptError, RedisError, ResponseError
 
 from policies.errors import StoreAway
-from service.shipper import Gap, Refused, ShipCall, Shipped
+from service.join import JoinConfig as JoinConfig
+from service.shipcall import Gap, Refused, ShipCall, Shipped
 
 TIMEOUT_S = 0.5
-# Redis gave the command back undone, and the same command may work later.
-PASSING = (
-    "LOADING", "READONLY", "OOM", "BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "MOVED",
-    "ASK", "UNKILLABLE", "NOAUTH", "NOPERM",
-)  # fmt: skip
+# How an answer begins that gives the command back undone, so that the same may work later. For others redis-py has
+# classes of their own (READONLY, OOM, LOADING, NOPERM, …), and takes the word off.
+PASSING = frozenset(
+    {"BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "MOVED", "ASK", "UNKILLABLE", "NOAUTH"}
+)
 # A claim without an answer: its worker died on the way. Far beyond any decision's duration.
 CLAIM_MS = 10_000
 KEYRING = "sf:keyring"
 
-_SCRIPT = (Path(__file__).parent / "join.lua").read_bytes()
-_SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()  # how Redis names scripts
+SCRIPT = (Path(__file__).parent / "join.lua").read_bytes()
+_SHA = sha1(SCRIPT, usedforsecurity=False).hexdigest()  # how Redis names scripts
 _READ = b"""
 local raw = redis.call('GET', KEYS[1] .. ':d:' .. ARGV[1])
 if not raw then return false end
@@ -49,7 +54,7 @@ local closed = string.sub(raw, 1, 1) == 'C'
 local r = false
 if closed then r = d[16] else
   local waiting = redis.call('GET', KEYS[1] .. ':r:' .. ARGV[1])
-  if waiting then r = cmsgpack.unpack(waiting) end
+  if waiting then r = cmsgpack.unpack(waiting)[1] end
 end
 local out = {closed and d[12] or 'pending', d[1], d[2], d[3], d[4], d[5], d[6], d[7], d[8], d[9], d[10], d[11]}
 for i = 13, 15 do out[i] = closed and d[i] or '' end
@@ -70,17 +75,6 @@ def connect(url: str) -> Redis:
 
 
 @dataclass(frozen=True, slots=True)
-class JoinConfig:
-    """What the join must know of a policy; durations in milliseconds."""
-
-    max_lag_ms: int = 300_000  # a producer silent for longer holds nothing back
-    sweep_limit: int = 256  # most deadlines that one call works off
-    record_ttl_ms: int = 86_400_000
-    successor_ttl_ms: int = 90_000_000
-    default_reward: str = "0.0"
-
-
-@dataclass(frozen=True, slots=True)
 class Counts:
     """What one call of the join gave birth to, and what is pending after it."""
 
@@ -89,6 +83,7 @@ class Counts:
     void: int
     late: int
     orphan: int
+    lost: int  # events of a hole that nothing can fill
     pending: int
 
 
@@ -151,13 +146,8 @@ class RedisStreams:
 
     async def ship(self, call: ShipCall) -> Shipped | Gap:
         """Apply a lane's events. Raises StoreAway, or Refused when Redis cannot take just these."""
-        config = self._configs(call.policy)
-        arguments: list[Any] = [
-            call.producer, call.epoch, call.first_seq, call.count, call.through_ms, 0, int(call.force), int(call.bye),
-            config.max_lag_ms, config.sweep_limit, config.record_ttl_ms, config.successor_ttl_ms, config.default_reward,
-            *call.blobs,
-        ]  # fmt: skip
-        reply = await self._script(base(call.policy), arguments)
+        # The server's clock: producers' clocks may disagree, and how long one was silent must not depend on whose.
+        reply = await self._script(base(call.policy), script_arguments(call, self._configs(call.policy), now_ms=0))
         if reply[0] == b"GAP":
             return Gap(int(reply[1]))
         flat = reply[2]
@@ -185,8 +175,8 @@ class RedisStreams:
 
     async def keyring(self, candidate: str) -> str:
         """Store the candidate keyring if there is none yet, and give the one that stands. Raises StoreAway."""
-        await self._answer(self._client.set(KEYRING, candidate, nx=True))
-        return str((await self._answer(self._client.get(KEYRING))).decode())
+        standing = await self._answer(self._client.set(KEYRING, candidate, nx=True, get=True))
+        return candidate if standing is None else str(standing.decode())
 
     async def idempotent_begin(self, policy: str, key: str, digest: str) -> tuple[str, bytes | None] | None:
         """Claim a key: None when it is ours now, else the digest that holds it and its answer, if there is one yet."""
@@ -211,11 +201,9 @@ class RedisStreams:
 
     async def _script(self, key: str, arguments: list[Any]) -> Any:
         try:
-            return await self._command("EVALSHA", _SHA, 1, key, *arguments)
+            return await self._answer(self._command("EVALSHA", _SHA, 1, key, *arguments), events=True)
         except NoScriptError:
-            return await self._answer(self._command("EVAL", _SCRIPT, 1, key, *arguments), events=True)
-        except (RedisError, OSError) as error:
-            raise _translate(error, events=True) from error
+            return await self._answer(self._command("EVAL", SCRIPT, 1, key, *arguments), events=True)
 
     def _command(self, *command: Any) -> Awaitable[Any]:
         return cast(Awaitable[Any], self._client.execute_command(*command))  # type: ignore[no-untyped-call]
@@ -223,6 +211,8 @@ class RedisStreams:
     async def _answer(self, command: Awaitable[Any], events: bool = False) -> Any:
         try:
             return await command
+        except (NoScriptError, DataError):  # the first is for `_script`; the second is a bug of ours
+            raise
         except (RedisError, OSError) as error:
             raise _translate(error, events) from error
 
@@ -237,6 +227,15 @@ class RedisStreams:
         return str(next(iter(found.values()), None)) if found else None
 
 
+def script_arguments(call: ShipCall, config: JoinConfig, now_ms: int) -> list[Any]:
+    """Build ARGV of the join; with `now_ms` 0 it takes the server's time."""
+    return [
+        call.producer, call.epoch, call.first_seq, call.count, call.through_ms, now_ms, int(call.force), int(call.bye),
+        config.max_lag_ms, config.sweep_limit, config.record_ttl_ms, config.successor_ttl_ms, config.default_reward,
+        *call.blobs,
+    ]  # fmt: skip
+
+
 def base(policy: str) -> str:
     """The key that all keys of a policy begin with; its braces are the hash tag."""
     return f"sf:{{{policy}}}"
@@ -248,7 +247,7 @@ def _idem(policy: str, key: str) -> str:
 
 def _translate(error: Exception, events: bool) -> Exception:
     text = str(error)
-    if isinstance(error, ResponseError) and events and not any(word in text for word in PASSING):
+    if events and type(error) is ResponseError and text.split(" ", 1)[0] not in PASSING:
         return Refused(text)
     return StoreAway(f"Redis does not answer: {text or type(error).__name__}")
 

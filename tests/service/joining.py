@@ -75,7 +75,7 @@ class ScriptJoin:
         found: Any = self.client.xrange(f"{self.base}:{stream}")
         return [_fields(entry) for _, entry in found]
 
-    def keys(self) -> set[str]:
+    def suffixes(self) -> set[str]:
         """The suffixes of all keys there are."""
         return {key.decode().removeprefix(self.base + ":") for key in self.client.scan_iter(self.base + ":*")}
 
@@ -84,9 +84,8 @@ class ScriptJoin:
         self._lengths = dict.fromkeys(STREAMS, 0)
 
     def snapshot(self) -> dict[bytes, tuple[bytes, int]]:
-        keys: Any = self.client.scan_iter(self.base + ":*")
-        dumped: Any = {key: (self.client.dump(key), max(self.client.pttl(key), 0)) for key in keys}  # type: ignore[type-var]
-        return dumped
+        client: Any = self.client
+        return {key: (client.dump(key), max(client.pttl(key), 0)) for key in client.scan_iter(self.base + ":*")}
 
     def restore(self, snapshot: dict[bytes, tuple[bytes, int]]) -> None:
         self.forget()
@@ -146,9 +145,8 @@ def _aside(fields: Fields) -> tuple[bytes, ...]:
 
 
 def _reward(reward: RewardEvent) -> tuple[bytes, ...]:
-    return (
-        reward.id.encode(), reward.reward_id.encode(), reward.reward.encode(), str(reward.at_ms).encode(), reward.record,
-    )  # fmt: skip
+    texts = reward.id, reward.reward_id, reward.reward, str(reward.at_ms)
+    return (*(text.encode() for text in texts), reward.record)
 
 
 def decision(id: str, episode: str = "", step: int = -1, at: int = 1_000, window: int = 10_000) -> DecisionEvent:

@@ -15,6 +15,7 @@ import redis
 from redis.exceptions import DataError
 
 from policies.errors import StoreAway
+from service import redis_streams
 from service.decision import Event, RewardFlags, encode_events
 from service.join import JoinConfig
 from service.redis_streams import KEYRING, SCRIPT, TIMEOUT_S, Counts, RedisStreams, base, connect
@@ -303,7 +304,7 @@ def test_what_cannot_be_sent_is_a_bug_and_not_an_outage(valkey_url: str, policy:
 
 
 def test_the_header_lists_every_suffix_that_the_script_uses() -> None:
-    listed = set(re.findall(r"(?<![\w-])([a-z]+)(?=[:\s])", (service.redis_streams.__doc__ or "").split("Strategy")[0]))
+    listed = set(re.findall(r"(?<![\w-])([a-z]+)(?=[:\s])", (redis_streams.__doc__ or "").split("Strategy")[0]))
     used = set(re.findall(r"':([a-z]+):?'", SCRIPT.decode()))
     assert used
     assert used <= listed

@@ -1,0 +1,258 @@
+"""Random worlds: producers that are cut off, lose replies and resend; Redis that is set back, emptied or away.
+
+Each world is driven through the script and the model, which must do the same at every call. Where the world has one
+reward for a decision, what comes out is also held against what happened: one transition for each decision, with the
+reward that was accepted in time and the successor that there was.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import redis
+
+from service.decision import DecisionEvent, Event, RewardFlags
+from service.join import Batch, JoinConfig, ReferenceJoin
+from tests.service.joining import Fields, ScriptJoin, decision, modelled, reward
+
+START_MS = 1_000_000
+TICK_MS = 1_000
+WINDOW_MS = 20_000
+CONFIG = JoinConfig(max_lag_ms=90_000, sweep_limit=10_000, default_reward="-0.5")
+PRODUCERS = ("A", "B", "C")
+
+
+@dataclass
+class Truth:
+    """What happened: the reward accepted in time, and the state that came next."""
+
+    reward: str | None = None
+    following: str = ""
+
+
+@dataclass
+class Producer:
+    name: str
+    skew_ms: int
+    away: tuple[int, int]  # cut off from Redis between these times
+    spool: list[tuple[int, Event]] = field(default_factory=list)
+    written: int = 0  # rows of the spool that have happened by now
+    acked: int = 0
+
+
+class World:
+    """What will happen, in order of true time, and who records it."""
+
+    def __init__(self, seed: int, steps: bool, noise: bool, episodes: int = 6) -> None:
+        self.random = random.Random(seed)
+        self.steps, self.noise = steps, noise
+        self.truth: dict[str, Truth] = {}
+        begin = self.random.randint(START_MS, START_MS + 40_000)
+        self.producers = [
+            Producer(name, self.random.choice([0, -3000, 2500]), (begin + lag, begin + lag + 60_000))
+            for name in PRODUCERS
+            for lag in [self.random.randint(0, 30_000)]
+        ]
+        happening: list[tuple[int, Producer, Event]] = []
+        for number in range(episodes):
+            happening += self._episode(f"e{number}" if number else "")
+        happening.sort(key=lambda each: each[0])
+        for _, producer, event in happening:
+            producer.spool.append((event.at_ms, event))
+        for producer in self.producers:
+            producer.spool.sort(key=lambda each: each[0])
+        self.end_ms = happening[-1][0] + WINDOW_MS
+
+    def _episode(self, name: str) -> list[tuple[int, Producer, Event]]:
+        when = START_MS + self.random.randint(0, 30_000)
+        played: list[tuple[int, Producer, DecisionEvent]] = []
+        for step in range(self.random.randint(3, 10)):
+            when += self.random.randint(50, 2_000)
+            producer = self.random.choice(self.producers)
+            number = step if self.steps else -1
+            taken = decision(f"{name}_{step}", name, number, when + producer.skew_ms, WINDOW_MS)
+            played.append((when, producer, taken))
+        order = played if self.steps else sorted(played, key=lambda each: (each[2].at_ms, each[2].id))
+        happening: list[tuple[int, Producer, Event]] = [*played]
+        for index, (at, _, taken) in enumerate(order):
+            last = index == len(order) - 1 or not name
+            self.truth[taken.id] = Truth(None, "" if last else order[index + 1][2].state.decode())
+            if last or self.random.random() < 0.85:
+                happening += self._rewards(at, taken, last and bool(name))
+        return happening
+
+    def _rewards(self, after: int, taken: DecisionEvent, terminal: bool) -> list[tuple[int, Producer, Event]]:
+        """One reward, perhaps posted twice; with noise, also others that contradict it."""
+        flags = int(RewardFlags.TERMINATED) if terminal else 0
+        value = f"{len(self.truth)}.5"
+        posted: list[tuple[int, Producer, Event]] = []
+        when = after + self.random.randint(5, int(WINDOW_MS * 1.1))
+        for _ in range(self.random.choice([1, 1, 1, 2])):
+            producer = self.random.choice(self.producers)
+            at = when + producer.skew_ms
+            posted.append((when, producer, reward(taken.id, at, value, flags=flags, until=at + WINDOW_MS)))
+            if at <= taken.due_ms:
+                self.truth[taken.id].reward = value
+            when += self.random.randint(1, 500)
+        if self.noise:
+            posted += [self._noise(after, taken) for _ in range(self.random.choice([0, 0, 1, 2, 12]))]
+        return posted
+
+    def _noise(self, after: int, taken: DecisionEvent) -> tuple[int, Producer, Event]:
+        producer, when = self.random.choice(self.producers), after + self.random.randint(-500, int(WINDOW_MS * 1.2))
+        at = when + producer.skew_ms
+        event = reward(
+            taken.id if self.random.random() < 0.9 else "never-shipped",
+            at,
+            self.random.choice(["7.0", "8.0"]),
+            self.random.choice(["", "a", "b", *"cdefghij"]),
+            self.random.choice([0, 0, 0, *RewardFlags]),
+            self.random.choice([-1, -1, -1, taken.action, taken.action + 1]),
+            self.random.choice([b"", b"", b"sent"]),
+            until=at + self.random.choice([0, WINDOW_MS]),
+        )
+        return when, producer, event
+
+
+class Run:
+    """One world, through script and model side by side."""
+
+    def __init__(self, world: World, script: ScriptJoin) -> None:
+        self.world, self.script, self.model = world, script, ReferenceJoin(script.config)
+        self.gaps = self.resent = 0
+        self.until(START_MS - 10_000, START_MS)  # all are heard of before anything happens, whatever their clocks say
+
+    def until(self, begin_ms: int, end_ms: int, cut_off: bool = False) -> int:
+        for now in range(begin_ms, end_ms, TICK_MS):
+            for producer in self.world.random.sample(self.world.producers, len(PRODUCERS)):
+                while producer.written < len(producer.spool) and (
+                    producer.spool[producer.written][0] <= now + producer.skew_ms
+                ):
+                    producer.written += 1
+                if not cut_off and not producer.away[0] <= now < producer.away[1]:
+                    self._ship_all(producer, now)
+        return end_ms
+
+    def _ship_all(self, producer: Producer, now: int) -> None:
+        """Ship what is written, as the shipper does: rewind at a gap, again when the reply is lost."""
+        while True:
+            stop = min(producer.written, producer.acked + self.world.random.choice([1, 4, 16]))
+            rest = producer.spool[stop][0] if stop < producer.written else now + producer.skew_ms
+            events = tuple(event for _, event in producer.spool[producer.acked : stop])
+            batch = Batch(producer.name, 1, producer.acked + 1, events, rest - 1, now)
+            seen = self.script.ship(batch, self.world.random.choice([1, 2, 5]))
+            assert seen == modelled(self.model.ship(batch))
+            if seen.gap:
+                producer.acked, self.gaps = seen.last, self.gaps + 1
+            elif self.world.random.random() < 0.05:
+                self.resent += len(events)
+            else:
+                assert seen.last >= stop
+                producer.acked = seen.last
+                if stop == producer.written:
+                    return
+
+    def check(self) -> dict[str, Fields]:
+        """Every decision gave exactly one transition; nothing is left but what has a life of its own."""
+        born = self.script.entries()
+        found = {each["i"].decode(): each for each in born}
+        assert len(born) == len(found)
+        assert set(found) == set(self.world.truth)
+        left = {key for key in self.script.suffixes() if key.split(":")[0] in {"r", "due", "ord", "early"}}
+        assert left == set()
+        return found
+
+    def check_truth(self) -> None:
+        wrong = {}
+        for id, fields in self.check().items():
+            truth = self.world.truth[id]
+            told = Truth(fields["r"].decode() if fields["j"] == b"joined" else None, fields["n"].decode())
+            if told != truth:
+                wrong[id] = (told, truth)
+        assert wrong == {}
+
+
+def test_every_decision_gets_its_reward_and_its_successor(store: redis.Redis, policy: str) -> None:
+    gaps = resent = 0
+    for seed in range(24):
+        run = Run(World(seed, steps=seed % 2 == 0, noise=False), ScriptJoin(store, f"{policy}{seed}", CONFIG))
+        now = run.until(START_MS, START_MS + 30_000)
+        snapshot, model = run.script.snapshot(), copy.deepcopy(run.model)
+        now = run.until(now, now + 4_000)
+        run.script.restore(snapshot)  # a failover to a replica four seconds behind
+        run.model = model
+        run.until(now, run.world.end_ms + 2 * CONFIG.max_lag_ms)
+        run.check_truth()
+        gaps, resent = gaps + run.gaps, resent + run.resent
+    assert gaps > 0
+    assert resent > 0
+
+
+@pytest.mark.parametrize("steps", [True, False], ids=["steps", "time"])
+def test_an_emptied_redis_is_filled_again_without_an_error(store: redis.Redis, policy: str, steps: bool) -> None:
+    for seed in range(100, 106):
+        run = Run(World(seed, steps, noise=False), ScriptJoin(store, f"{policy}{seed}", CONFIG))
+        now = run.until(START_MS, START_MS + 45_000)
+        run.script.forget()
+        run.model = ReferenceJoin(CONFIG)
+        run.until(now, run.world.end_ms + 3 * CONFIG.max_lag_ms)
+        run.check_truth()
+        assert run.gaps
+
+
+@pytest.mark.parametrize("steps", [True, False], ids=["steps", "time"])
+def test_a_redis_away_for_longer_than_max_lag_costs_nothing(store: redis.Redis, policy: str, steps: bool) -> None:
+    """Each producer's silence was Redis's; the first to come back must not close what the others hold."""
+    for seed in range(200, 208):
+        run = Run(World(seed, steps, noise=False), ScriptJoin(store, f"{policy}{seed}", CONFIG))
+        for producer in run.world.producers:
+            producer.away = (0, 0)
+        now = run.until(START_MS, START_MS + 8_000)
+        now = run.until(now, now + CONFIG.max_lag_ms + 30_000, cut_off=True)
+        run.until(now, now + 2 * CONFIG.max_lag_ms)
+        run.check_truth()
+
+
+@pytest.mark.parametrize("steps", [True, False], ids=["steps", "time"])
+def test_a_backup_older_than_max_lag_costs_nothing(store: redis.Redis, policy: str, steps: bool) -> None:
+    for seed in range(300, 304):
+        run = Run(World(seed, steps, noise=False), ScriptJoin(store, f"{policy}{seed}", CONFIG))
+        now = run.until(START_MS, START_MS + 12_000)
+        snapshot, model = run.script.snapshot(), copy.deepcopy(run.model)
+        now = run.until(now, now + CONFIG.max_lag_ms + 40_000)
+        run.script.restore(snapshot)
+        run.model = model
+        run.until(now, now + 3 * CONFIG.max_lag_ms)
+        run.check_truth()
+
+
+def test_contradicting_and_early_rewards_do_in_redis_what_they_do_in_the_model(store: redis.Redis, policy: str) -> None:
+    """Here some producers are silent for longer than max_lag, so that what they bring is overtaken."""
+    ends, joins, aside = set(), set(), set()
+    for seed in range(400, 416):
+        world = World(seed, steps=seed % 2 == 0, noise=True)
+        for producer in world.producers[: seed % 3]:
+            producer.away = (producer.away[0], producer.away[0] + CONFIG.max_lag_ms + 60_000)
+        run = Run(world, ScriptJoin(store, f"{policy}{seed}", CONFIG))
+        run.until(START_MS, world.end_ms + 3 * CONFIG.max_lag_ms)
+        found = run.check().values()
+        ends |= {each["x"] for each in found}
+        joins |= {each["j"] for each in found}
+        aside |= {each["w"] for each in run.script.entries("late")}
+        aside |= {b"orphan" for _ in run.script.entries("orphan")}
+    assert ends == {b"none", b"terminated", b"truncated", b"lost", b"single"}
+    assert joins == {b"joined", b"defaulted", b"void"}
+    assert aside == {b"late", b"closed", b"overtaken", b"orphan"}
+
+
+def test_a_sweep_by_the_wall_clock_would_be_noticed(store: redis.Redis, policy: str) -> None:
+    """The truth is sharp: without the watermark, rewards accepted in time are lost."""
+    run = Run(
+        World(0, steps=True, noise=False), ScriptJoin(store, policy, JoinConfig(max_lag_ms=1, sweep_limit=10_000))
+    )
+    run.until(START_MS, run.world.end_ms + 2 * CONFIG.max_lag_ms)
+    with pytest.raises(AssertionError):
+        run.check_truth()
