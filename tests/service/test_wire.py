@@ -110,6 +110,12 @@ def test_a_problem_has_a_stable_code_and_names_the_field() -> None:
     assert "errors" not in msgspec.to_builtins(problem(NoSafeAction("nothing left")))
 
 
+def test_what_is_left_at_its_default_is_not_sent_but_null_is() -> None:
+    sent = wire.encode(wire.RewardResponse("id", None, "joined"))
+    assert sent == b'{"decision_id":"id","reward_id":null,"status":"joined","duplicate":false}'
+    assert b"errors" not in wire.encode(problem(NoSafeAction("nothing left")))
+
+
 def test_every_error_of_the_tree_has_its_own_code() -> None:
     def tree(kind: type[SurefootError]) -> list[type[SurefootError]]:
         return [kind, *(sub for child in kind.__subclasses__() for sub in tree(child))]
