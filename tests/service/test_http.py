@@ -11,7 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from service import wire
 from tests.conftest import Server
 
 STATE = [0.01, -0.02, 0.03, 0.04]
@@ -241,6 +244,44 @@ def test_health_metrics_and_documents(http: httpx.Client, server: Server) -> Non
     assert document["components"]["schemas"]["ActRequest"]["properties"]["state"]["oneOf"]
     assert http.get("/docs").status_code == 200
     assert http.get("/admin/policies").status_code == 401
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = {
+    "/v1/act": wire.ActRequest,
+    "/v1/act/batch": wire.ActBatchRequest,
+    "/v1/reward": wire.RewardRequest,
+    "/v1/reward/batch": wire.RewardBatchRequest,
+}
+
+
+@st.composite
+def odd_requests(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A body with some of the right fields, some of them holding anything; or bytes that are no JSON at all."""
+    path = draw(st.sampled_from(sorted(FIELDS)))
+    names = st.sampled_from(FIELDS[path].__struct_fields__)
+    right = {"state": STATE, "states": [STATE, NAMED], "reward": 1.0, "decision_id": "0" * 60, "policy": "cartpole"}
+    fields = {name: right.get(name) for name in FIELDS[path].__struct_fields__ if name in right}
+    body = json.dumps(fields | draw(st.dictionaries(names, anything, max_size=3))).encode()
+    return path, draw(st.one_of(st.just(body), st.just(body[: len(body) // 2]), st.binary(max_size=30)))
+
+
+@given(request=odd_requests())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_sent_the_answer_is_an_answer_or_a_problem(http: httpx.Client, request: tuple[str, bytes]) -> None:
+    path, body = request
+    response = http.post(path, content=body)
+    assert response.status_code < 500
+    if response.status_code >= 400:
+        problem = response.json()
+        assert (problem["status"], response.headers["content-type"]) == (
+            response.status_code,
+            "application/problem+json",
+        )
 
 
 def test_a_caller_who_leaves_halfway_and_one_who_is_slow_do_no_harm(server: Server, http: httpx.Client) -> None:
