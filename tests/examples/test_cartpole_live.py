@@ -6,9 +6,8 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from surefoot.streams import tail
 from tests.conftest import Server, new_server
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,13 +34,6 @@ def play(server: Server, journal: Path, episodes: int) -> subprocess.Popen[str]:
     program = [sys.executable, str(ROOT / "examples" / "cartpole" / "play.py")]
     options = ["--url", server.url, "--episodes", str(episodes), "--journal", str(journal), "--no-progress"]
     return subprocess.Popen([*program, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def lines(journal: Path, call: str, event: str) -> list[dict[str, Any]]:

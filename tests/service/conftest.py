@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import redis
 
+from service.valkey import EmbeddedValkey
+from tests.service.valkeys import SMALL, nothing_stays_in
 from tests.surefoot.valkey import Valkey
 
 
@@ -28,3 +30,18 @@ def store(valkey_url: str) -> Iterator[redis.Redis]:
 @pytest.fixture
 def policy() -> str:
     return f"p-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def nothing_stays(tmp_path: Path) -> Iterator[None]:
+    """Fail a test that leaves a process running below `tmp_path`, and end that process."""
+    with nothing_stays_in(tmp_path):
+        yield
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    """An owner of `tmp_path / "data"`, not started."""
+    mine = EmbeddedValkey(tmp_path / "data", maxmemory_bytes=SMALL)
+    yield mine
+    mine.stop()

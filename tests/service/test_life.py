@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import redis
 from policies.store import BUNDLED
 from service.settings import Settings
 from tests.conftest import Server, children, new_server
+from tests.waiting import gone, until
 
 STATE = [0.01, -0.02, 0.03, 0.04]
 
@@ -36,20 +36,6 @@ def fresh(tmp_path: Path) -> Iterator[Server]:
     yield mine
     if mine.process is not None and mine.process.poll() is None:
         mine.stop()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
 
 
 def transitions(server: Server, policy: str = "cartpole") -> list[dict[bytes, bytes]]:
@@ -139,7 +125,7 @@ def test_sigterm_ships_everything_and_leaves_no_process(fresh: Server) -> None:
         rewards = [{"decision_id": decision, "reward": 1.0} for decision in decisions]
         assert client.post("/v1/reward/batch", json={"rewards": rewards}).status_code == 202
     assert fresh.stop() == 0
-    assert not any(alive(pid) for pid in family)
+    assert all(gone(pid) for pid in family)
     fresh.start()
     assert {each[b"i"].decode() for each in transitions(fresh)} >= set(decisions)
 
@@ -150,7 +136,7 @@ def test_ctrl_c_in_the_terminal_stops_everything_too(fresh: Server) -> None:
     family = [fresh.process.pid, *children(fresh.process.pid)]
     fresh.process.send_signal(signal.SIGINT)
     assert fresh.process.wait(40) == 0
-    assert not any(alive(pid) for pid in family)
+    assert all(gone(pid) for pid in family)
 
 
 def test_when_only_the_parent_is_killed_the_worker_leaves_and_the_next_start_adopts_valkey(fresh: Server) -> None:
@@ -163,11 +149,11 @@ def test_when_only_the_parent_is_killed_the_worker_leaves_and_the_next_start_ado
     fresh.process.kill()
     fresh.process.wait()
     fresh.start()
-    until(lambda: not alive(worker), "the orphaned worker to leave")
-    assert alive(valkey)
+    until(lambda: gone(worker), "the orphaned worker to leave")
+    assert not gone(valkey)
     assert '"event": "valkey_adopted"' in fresh.log
     assert fresh.stop() == 0
-    assert not alive(valkey)
+    assert gone(valkey)
 
 
 def test_a_worker_and_a_valkey_that_die_are_replaced(fresh: Server) -> None:

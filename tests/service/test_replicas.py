@@ -15,7 +15,8 @@ from service.redis_streams import RedisStreams, connect
 from service.valkey import EmbeddedValkey
 from surefoot.streams import tail
 from tests.conftest import Server, new_server
-from tests.service.test_life import STATE, short_window, until
+from tests.service.test_life import STATE, short_window
+from tests.waiting import until
 
 
 @pytest.fixture

@@ -5,27 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from policies.errors import ConfigError
 from service.valkey import EmbeddedValkey, socket_url
-from tests.service.valkeys import SMALL, get, gone, nothing_stays_in, put, setting, started_by_hand, until
+from tests.service.valkeys import SMALL, get, put, setting, started_by_hand
+from tests.waiting import gone, until
 
-
-@pytest.fixture(autouse=True)
-def nothing_stays(tmp_path: Path) -> Iterator[None]:
-    with nothing_stays_in(tmp_path):
-        yield
-
-
-@pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    mine = EmbeddedValkey(tmp_path / "data", maxmemory_bytes=SMALL)
-    yield mine
-    mine.stop()
+pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 def test_data_stays_between_runs_and_the_configuration_is_in_force(tmp_path: Path, valkey: EmbeddedValkey) -> None:

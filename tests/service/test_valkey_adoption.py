@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,10 @@ from redis.exceptions import BusyLoadingError
 
 from policies.errors import ConfigError
 from service.valkey import EmbeddedValkey, socket_url
-from tests.service.valkeys import SMALL, get, gone, nothing_stays_in, owner_of, put, setting, started_by_hand, until
+from tests.service.valkeys import SMALL, get, owner_of, put, setting, started_by_hand
+from tests.waiting import gone, until
 
-
-@pytest.fixture(autouse=True)
-def nothing_stays(tmp_path: Path) -> Iterator[None]:
-    with nothing_stays_in(tmp_path):
-        yield
-
-
-@pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    mine = EmbeddedValkey(tmp_path / "data", maxmemory_bytes=SMALL)
-    yield mine
-    mine.stop()
+pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 def test_the_orphan_of_a_killed_owner_is_adopted(tmp_path: Path, valkey: EmbeddedValkey) -> None:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from service.valkey_process import Held, Named, ServerProcess, last_words, memory_bytes
+from tests.waiting import until
 
 GIB = 1 << 30
 KINDS = [pytest.param(Held, marks=pytest.mark.skipif(sys.platform != "linux", reason="pidfd")), Named]
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
