@@ -31,6 +31,10 @@ OPERATOR_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 # Opsets 11 (d3rlpy's exports) to 25 and IR up to 13: what ONNX Runtime 1.31 documents as supported.
 OPSETS = range(11, 26)
 IR_VERSIONS = range(4, 14)
+# What an exporter writes for an action index: d3rlpy and SB3 int64, others int32 or a float.
+INDEX_TYPES = frozenset(
+    {onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}
+)
 
 Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Positive = Annotated[float, Meta(gt=0)]
@@ -110,6 +114,7 @@ class PolicyBundle:
     input: str
     output: str
     model: bytes
+    one_by_one: bool  # the network was exported for a batch of exactly one state
     golden_states: npt.NDArray[np.floating]  # [G, *shape]
     golden_outputs: npt.NDArray[np.float64]  # [G, n]
     golden_rtol: float
@@ -129,7 +134,7 @@ def read_bundle(files: Mapping[str, bytes]) -> PolicyBundle:
     observation, action = _specs(manifest)
     if sha256(model).hexdigest() != manifest.model.sha256:
         raise BundleError("model.onnx is not the file that the manifest was written for", "model.sha256", "digest")
-    check_model(model, manifest, observation, action)
+    one_by_one = check_model(model, manifest, observation, action)
     golden = _golden(files[GOLDEN], observation, action)
     return PolicyBundle(
         policy=manifest.policy,
@@ -145,6 +150,7 @@ def read_bundle(files: Mapping[str, bytes]) -> PolicyBundle:
         input=manifest.model.input,
         output=manifest.model.output,
         model=model,
+        one_by_one=one_by_one,
         golden_states=observation.array(golden.states),
         golden_outputs=np.asarray(golden.outputs, dtype=np.float64),
         golden_rtol=golden.rtol,
@@ -203,25 +209,28 @@ def _golden(raw: bytes, observation: ObservationSpec, action: ActionSpec) -> Gol
     return golden
 
 
-def check_model(model: bytes, manifest: Manifest, observation: ObservationSpec, action: ActionSpec) -> None:
-    """Read the graph without running it. Raises BundleError for what must never reach a session."""
+def check_model(model: bytes, manifest: Manifest, observation: ObservationSpec, action: ActionSpec) -> bool:
+    """Read the graph without running it; say whether it takes one state at a time only.
+
+    Raises BundleError for what must never reach a session.
+    """
     try:
         proto = onnx.load_model_from_string(model)
     except DecodeError:
         raise BundleError("model.onnx is not an ONNX file, or is cut short", "model.onnx", "parse") from None
-    _check_tensors(proto)
-    _check_operators(proto)
-    _check_signature(proto.graph, manifest, observation, action)
+    check_tensors(proto)
+    check_operators(proto)
+    return _check_signature(proto.graph, manifest, observation, action)
 
 
-def _check_tensors(proto: onnx.ModelProto) -> None:
+def check_tensors(proto: onnx.ModelProto) -> None:
     for tensor in _tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             detail = f"tensor {tensor.name!r} keeps its data in another file; export with everything in one file"
             raise BundleError(detail, "model.onnx", "external_data")
 
 
-def _check_operators(proto: onnx.ModelProto) -> None:
+def check_operators(proto: onnx.ModelProto) -> None:
     if proto.ir_version not in IR_VERSIONS:
         raise BundleError(f"IR version {proto.ir_version} is not supported", "model.onnx", "ir_version")
     for opset in proto.opset_import:
@@ -237,7 +246,7 @@ def _check_operators(proto: onnx.ModelProto) -> None:
 
 def _check_signature(
     graph: onnx.GraphProto, manifest: Manifest, observation: ObservationSpec, action: ActionSpec
-) -> None:
+) -> bool:
     initialised = {tensor.name for tensor in graph.initializer}
     inputs = {value.name: value for value in graph.input if value.name not in initialised}
     if set(inputs) != {manifest.model.input}:
@@ -251,23 +260,37 @@ def _check_signature(
     expected = onnx.TensorProto.DataType.Value({"float32": "FLOAT", "float64": "DOUBLE"}[observation.dtype])
     if tensor.elem_type != expected:
         raise BundleError(f"the network's input is not {observation.dtype}", "observation.dtype", "signature")
-    _check_shape(_shape(tensor), observation.shape, "observation.shape")
-    _check_shape(_shape(outputs[manifest.model.output].type.tensor_type), (action.n,), "action.n")
+    one_by_one = _check_shape(_shape(tensor), observation.shape, "observation.shape")
+    found = outputs[manifest.model.output].type.tensor_type
+    if manifest.head == "action":
+        return _check_index(found) or one_by_one
+    return _check_shape(_shape(found), (action.n,), "action.n") or one_by_one
 
 
 def _shape(tensor: onnx.TypeProto.Tensor) -> list[int | None]:
     return [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
 
 
-def _check_shape(found: list[int | None], declared: tuple[int, ...], field: str) -> None:
+def _check_index(tensor: onnx.TypeProto.Tensor) -> bool:
+    """Check that an `action` head's output is one number for each state; say whether it is for one state only."""
+    shape = _shape(tensor)
+    if tensor.elem_type not in INDEX_TYPES or len(shape) > 2 or shape[1:] not in ([], [1], [None]):
+        detail = f"an action head answers with one index for each state, [batch] or [batch, 1]; this has shape {shape}"
+        raise BundleError(detail, "model.output", "signature")
+    return shape[:1] in ([], [1])
+
+
+def _check_shape(found: list[int | None], declared: tuple[int, ...], field: str) -> bool:
+    """Check all axes but the first; say whether that is fixed at one."""
     if len(found) != len(declared) + 1 or any(
         have not in (None, want) for have, want in zip(found[1:], declared, strict=True)
     ):
         detail = f"the network has shape {found}, the manifest says [batch, {', '.join(map(str, declared))}]"
         raise BundleError(detail, field, "signature")
-    if found[0] is not None:
+    if found[0] not in (None, 1):
         detail = f"the network takes batches of {found[0]} only; export with a dynamic batch axis (dynamic_axes)"
         raise BundleError(detail, field, "batch")
+    return found[0] == 1
 
 
 def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:

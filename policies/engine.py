@@ -20,9 +20,11 @@ import numpy.typing as npt
 # ONNX Runtime's Linux builds report usage to their vendor unless told not to. A policy server does not phone home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
+import structlog
 
 from policies.bundle import PolicyBundle
 from policies.errors import BundleError, ConfigError
+from policies.heads import index_rows
 
 Device = Literal["auto", "cpu", "cuda"]
 Outputs = npt.NDArray[np.floating]
@@ -30,6 +32,14 @@ Outputs = npt.NDArray[np.floating]
 WARM_UP_CALLS = 8
 # Weight of the newest call in the moving average: 0.05 forgets a stall within some 50 calls.
 SMOOTHING = 0.05
+
+# How to export again, so that one call answers a whole batch.
+DYNAMIC_BATCH = (
+    "the network was exported for a batch of one, so a batch is one call per state; export again with "
+    "torch.onnx.export(…, dynamic_axes={{'{input}': {{0: 'batch'}}, '{output}': {{0: 'batch'}}}})"
+)
+
+log = structlog.get_logger("policies.engine")
 
 
 def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
@@ -54,6 +64,26 @@ def _driver_loads() -> bool:
     return True
 
 
+def answer(session: Any, input: str, output: str, states: npt.NDArray[np.floating], one_by_one: bool) -> Outputs:
+    """Ask an open session. A network that takes one state at a time is asked row by row; a lone number is a row."""
+    calls = [states[row : row + 1] for row in range(len(states))] if one_by_one else [states]
+    answers = [np.atleast_1d(session.run([output], {input: call})[0]) for call in calls]
+    return answers[0] if len(answers) == 1 else np.concatenate(answers)
+
+
+def answer_of_file(
+    model: bytes, input: str, output: str, states: npt.NDArray[np.floating], one_by_one: bool
+) -> Outputs:
+    """Open a network on the CPU for one question, as an export does for its golden vectors. Raises BundleError."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return answer(session, input, output, states, one_by_one)
+    except Exception as error:
+        raise BundleError(f"ONNX Runtime cannot run the network: {error}", "model.onnx", "load") from None
+
+
 class Engine:
     """A version's network, ready to run: `run` takes observations [B, *shape] and gives outputs [B, n]."""
 
@@ -72,6 +102,13 @@ class Engine:
         self._scale = 1.0
         self._check_golden()
         self._warm_up()
+        if bundle.one_by_one:
+            log.warning(
+                "policy_runs_one_state_at_a_time",
+                policy=bundle.policy,
+                version=bundle.version,
+                mend=DYNAMIC_BATCH.format(input=bundle.input, output=bundle.output),
+            )
 
     def run(self, states: npt.NDArray[np.floating]) -> Outputs:
         """Run one call. Raises RuntimeError when the network fails or answers with another shape."""
@@ -93,7 +130,9 @@ class Engine:
 
     def _infer(self, states: npt.NDArray[np.floating]) -> Outputs:
         try:
-            outputs: Outputs = self._session.run([self.bundle.output], {self.bundle.input: states})[0]
+            outputs = answer(self._session, self.bundle.input, self.bundle.output, states, self.bundle.one_by_one)
+            if self.bundle.head == "action":
+                outputs = index_rows(outputs, self.bundle.action.n)
         except Exception as error:  # ONNX Runtime raises a dozen types of its own, all from pybind
             raise RuntimeError(f"{self.bundle.policy}/{self.bundle.version}: {error}") from error
         if outputs.shape != (len(states), self.bundle.action.n):

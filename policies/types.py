@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
-HeadKind = Literal["q_values", "logits", "probabilities"]
+HeadKind = Literal["q_values", "logits", "probabilities", "action"]
 Role = Literal["champion", "challenger", "baseline", "shadow"]
 
 

@@ -72,6 +72,36 @@ def check(path: Path) -> None:
     print(f"ok: {bundle.policy}/{bundle.version} {bundle.digest[:12]} on {engine.device}")
 
 
+@policy.command("inspect")
+def inspect(path: Path) -> None:
+    """Say which convention a plain .onnx file follows, and the manifest that an export would write."""
+    from policies.export import inspect_file
+
+    print(inspect_file(path))
+
+
+@policy.command("export")
+def export(
+    source: Path,
+    policy: Annotated[str, typer.Option("--policy")],
+    version: Annotated[str, typer.Option("--version")],
+    out: Annotated[Path, typer.Option(help="Folder of policies: the bundle goes to OUT/POLICY/VERSION.")],
+    kind: Annotated[str, typer.Option(help="auto | sb3 | qtable | onnx")] = "auto",
+    actions: Annotated[str, typer.Option(help="Names, or their number: left,right or 2.")] = "",
+    features: Annotated[str, typer.Option(help="Names, in order.")] = "",
+    fallback: str = "none",
+    epsilon: float = 0.0,
+    without_normalisation: Annotated[
+        bool, typer.Option("--without-normalisation", help="SB3: no VecNormalize.")
+    ] = False,
+) -> None:
+    """Make a trained policy a bundle. A .zip of SB3 runs code when it is read: export only files of your own."""
+    from policies.export import Options, export_file
+
+    options = Options(policy, version, out, actions, features, fallback, epsilon, without_normalisation)
+    print(export_file(source, options, kind))
+
+
 @app.command()
 def replay(decision_id: str) -> None:
     """Draw a recorded decision again, from its record in Redis and the signing keys; exit code 1 if it differs."""

@@ -65,6 +65,17 @@ def indexer(n: int = 2) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
+def index_of_largest(n: int = 2, *, shape: Sequence[int | str] = ("batch",)) -> onnx.ModelProto:
+    """A network that answers states [B, n] with the index of the largest element, int64."""
+    graph = helper.make_graph(
+        [helper.make_node("ArgMax", ["observation"], ["q_values"], axis=1, keepdims=len(shape) - 1)],
+        "index",
+        [helper.make_tensor_value_info("observation", TensorProto.FLOAT, ["batch", n])],
+        [helper.make_tensor_value_info("q_values", TensorProto.INT64, shape)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
 def manifest(model: bytes, features: int, actions: int, **changes: Any) -> dict[str, Any]:
     """A manifest that fits a network of this module; `changes` replace top-level fields, None removes one."""
     fields: dict[str, Any] = {

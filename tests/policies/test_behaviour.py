@@ -13,7 +13,7 @@ from scipy import stats
 
 from policies.draw import draw, invert, uniforms
 from policies.explore import behave, masked_mass
-from policies.heads import target
+from policies.heads import index_rows, target
 from policies.types import HeadKind, Target
 
 KEY = bytes(range(32))
@@ -31,6 +31,8 @@ def cases(draw_from: st.DrawFn) -> Case:
     if head == "probabilities" and draw_from(st.booleans()):
         weights = np.abs(np.nan_to_num(outputs, posinf=1, neginf=1)) + 0.01
         outputs = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    if head == "action" and draw_from(st.booleans()):
+        outputs = index_rows(draw_from(hnp.arrays(np.int64, rows, elements=st.integers(-1, n))), n)
     temperature = draw_from(st.sampled_from([None, 0.5, 3.0])) if head != "probabilities" else None
     mask = draw_from(hnp.arrays(np.bool_, (rows, n)))
     epsilon = draw_from(hnp.arrays(np.float64, rows, elements=st.floats(0, 1)))
@@ -87,6 +89,8 @@ def test_the_propensity_is_the_behaviour_at_the_drawn_action_and_masked_actions_
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
 def test_drawn_frequencies_agree_with_the_propensities(head: HeadKind, epsilon: float) -> None:
     outputs = np.array([[0.1, 0.5, 0.2, 0.2]], dtype=np.float32)
+    if head == "action":
+        outputs = index_rows(np.array([1]), 4)
     mask = np.array([[True, True, False, True]])
     count = 20_000
     behaviour = behave(
@@ -127,6 +131,14 @@ def test_no_target_mass_on_the_mask_falls_back_and_is_never_filled_with_uniform(
     assert behaviour.fallback.tolist() == [True]
     assert behaviour.probabilities.tolist() == [[0.0, 0.0, 1.0]]
     assert behaviour.epsilon.tolist() == [0.0]
+
+
+def test_a_network_that_names_one_action_falls_back_where_that_action_is_masked() -> None:
+    only = target(index_rows(np.array([1]), 3), "action")
+    free = behave(only, np.array([[True, True, True]]), np.array([0.3]), np.array([2], dtype=np.int64))
+    np.testing.assert_allclose(free.probabilities, [[0.1, 0.8, 0.1]])
+    masked = behave(only, np.array([[True, False, True]]), np.array([0.3]), np.array([2], dtype=np.int64))
+    assert (masked.fallback.tolist(), masked.probabilities.tolist()) == ([True], [[0.0, 0.0, 1.0]])
 
 
 def test_temperature_turns_values_into_a_softmax() -> None:

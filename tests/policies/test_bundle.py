@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from policies.bundle import MAX_MODEL_BYTES, read_bundle, read_manifest
 from policies.errors import BundleError
-from tests.policies.networks import bundle_files, identity_files, linear
+from tests.policies.networks import bundle_files, identity_files, index_of_largest, linear
 
 Files = dict[str, bytes]
 STATES = [[0.0, 1.0], [2.0, 3.0]]
@@ -248,7 +248,7 @@ def test_only_standard_operators_of_known_versions_pass(change: Callable[[onnx.M
             "observation.dtype",
             "signature",
         ),
-        (bundle_files(linear([[1, 0], [0, 1]], batch=1), STATES, STATES), "observation.shape", "batch"),
+        (bundle_files(linear([[1, 0], [0, 1]], batch=3), STATES, STATES), "observation.shape", "batch"),
     ],
 )
 def test_shapes_and_types_must_be_those_of_the_manifest(files: Files, field: str, check: str) -> None:
@@ -282,3 +282,21 @@ def test_golden_vectors_must_fit_the_specs(golden: dict[str, Any]) -> None:
     with np.errstate(over="ignore"):
         error = refused(identity_files() | {"golden.json": json.dumps(golden).encode()})
     assert error.check == "golden"
+
+
+def index_files(proto: onnx.ModelProto) -> Files:
+    """A bundle with an `action` head around a network of two features."""
+    return bundle_files(proto, STATES, [[0.0, 1.0], [0.0, 1.0]], head="action")
+
+
+@pytest.mark.parametrize("shape", [("batch",), ("batch", 1)])
+def test_an_action_head_answers_with_one_index_for_each_state(shape: tuple[int | str, ...]) -> None:
+    bundle = read_bundle(index_files(index_of_largest(shape=shape)))
+    assert (bundle.head, bundle.one_by_one) == ("action", False)
+
+
+def test_an_action_head_that_answers_with_a_row_is_refused() -> None:
+    proto = index_of_largest(shape=("batch", 1))
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 3
+    error = refused(index_files(proto))
+    assert (error.check, error.field) == ("signature", "model.output")

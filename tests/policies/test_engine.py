@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from policies.bundle import read_bundle
 from policies.engine import Engine, resolve_device
 from policies.errors import BundleError, ConfigError
-from tests.policies.networks import bundle_files, identity_files, indexer, linear, logarithm
+from tests.policies.networks import bundle_files, identity_files, index_of_largest, indexer, linear, logarithm
 
 STATES = [[0.0, 1.0], [1.0, 0.0]]
 
@@ -90,3 +91,14 @@ def test_cuda_without_cuda_is_an_error_and_auto_is_not() -> None:
     with pytest.raises(ConfigError, match="no CUDA driver") as caught:
         resolve_device("cuda")
     assert caught.value.field == "SUREFOOT_DEVICE"
+
+
+def test_an_index_is_read_as_a_row_and_a_batch_of_one_is_asked_row_by_row() -> None:
+    files = bundle_files(index_of_largest(), STATES, [[0.0, 1.0], [1.0, 0.0]], head="action")
+    engine = Engine(read_bundle(files))
+    assert engine.run(np.array([[5, 6], [6, 5]], dtype=np.float32)).tolist() == [[0, 1], [1, 0]]
+    with capture_logs() as logs:
+        looped = Engine(read_bundle(bundle_files(linear([[1, 0], [0, 1]], batch=1), STATES, STATES)))
+    assert [entry["event"] for entry in logs] == ["policy_runs_one_state_at_a_time"]
+    assert "dynamic_axes" in logs[0]["mend"]
+    assert looped.run(np.array([[1, 2], [3, 4], [5, 6]], dtype=np.float32)).tolist() == [[1, 2], [3, 4], [5, 6]]
