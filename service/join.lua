@@ -11,7 +11,7 @@
 --          sweep_limit, record_ttl_ms, successor_ttl_ms, default_reward, then blobs of events (service/decision.py)
 -- Reply    {"GAP", last} or {"OK", last, {seq, verdict, …}, {joined, defaulted, void, late, orphan, lost}, pending}
 --
--- Keys     B:wm  lane -> last seq         B:seen  lanes by when heard, for pruning     B:lost  lane -> events gone
+-- Keys     B:wm  lane -> last seq         B:seen  lanes by until when wm keeps them     B:lost  lane -> events gone
 --          B:ev  lane -> event time shipped through, and when heard     B:up  since when calls come without a break
 --          B:horizon  event time up to which the order of decisions is settled     B:hold  no deadline before this
 --          B:d:<id>  decision, "P"ending without expiry or "C"losed with record_ttl
@@ -33,7 +33,9 @@ local record_ttl, successor_ttl, default_reward = tonumber(ARGV[11]), tonumber(A
 local WM, SEEN, EV, UP, HOLD, HORIZON = B .. ':wm', B .. ':seen', B .. ':ev', B .. ':up', B .. ':hold', B .. ':horizon'
 local DUE, EARLY, ORD = B .. ':due', B .. ':early', B .. ':ord'
 local LANE = producer .. ':' .. epoch
-local WM_KEPT_MS, WM_PRUNED = 7 * 86400000, 16
+-- How long a lane's last seq is kept after its last call. Forgotten too soon, what its spool still holds would be applied
+-- again and give second transitions: so long, unless it said bye, which a lane does once nothing is left.
+local KEPT_MS, KEPT_AFTER_BYE_MS, FORGOTTEN = 90 * 86400000, 7 * 86400000, 16
 local BREAK_MS = 10000  -- shippers call every second: a longer silence means that Redis was away, not the producers
 local EARLY_KEPT, LATE_TOLD = 8, 64  -- for one decision
 local TERMINATED, TRUNCATED, NOT_EXECUTED = 1, 2, 8
@@ -73,17 +75,27 @@ if not since or now - called > BREAK_MS then since = now end
 c('SET', UP, whole(since) .. ':' .. whole(now))
 local function silent(heard) return now - math.max(heard, since) >= max_lag end
 
-local last = tonumber(c('HGET', WM, LANE) or 0)
-local hold = tonumber(c('GET', HOLD) or 0)
-if first > last + 1 then
-  local _, heard = pair(c('HGET', EV, LANE))
-  if now >= hold and (not heard or silent(heard)) then
-    -- This join has lost its memory of the lane, so of others too: who is there shows within max_lag.
-    hold = now + max_lag
-    c('SET', HOLD, whole(hold))
+local known = c('HGET', WM, LANE)
+local last = tonumber(known or 0)
+
+-- Whether there may be lanes that the join does not know: this one has shipped what the join has forgotten, or it is new
+-- and comes with what it recorded before anybody could call.
+local function strangers()
+  if first > last + 1 then
+    local _, heard = pair(c('HGET', EV, LANE))
+    return not heard or silent(heard)
   end
-  if not force then return {'GAP', last} end
+  local oldest = through + 1
+  if count > 0 then oldest = math.min(oldest, events[1][#events[1] == #DECISION and 5 or 4]) end
+  return not known and oldest < since - BREAK_MS
 end
+
+local hold = tonumber(c('GET', HOLD) or 0)
+if now >= hold and strangers() then
+  hold = now + max_lag  -- who is there shows within max_lag
+  c('SET', HOLD, whole(hold))
+end
+if first > last + 1 and not force then return {'GAP', last} end
 local lost = math.max(0, first - last - 1)
 if lost > 0 then c('HINCRBY', B .. ':lost', LANE, lost) end  -- the spool holds them no more: trainers are told
 
@@ -144,23 +156,25 @@ local function successor(d)
   return nxt
 end
 
--- Drop what no predecessor can ask for any more, so that an endless episode stays small.
-local function forget(d, ending)
-  if d[1] == '' then return end
-  if d[2] >= 0 then
-    local found = c('DEL', at_step(':e:', d[1], d[2] + 1))
-    local want = at_step(':w:', d[1], d[2] + 1)
-    if found == 1 or ending == 'terminated' or ending == 'truncated' then c('DEL', want)
-    else c('SET', want, '', 'PX', successor_ttl) end  -- nobody will ask for that step
-    return
-  end
-  local key = B .. ':t:' .. d[1]
+-- Without steps: drop from an episode's front what is closed and settled, for no predecessor is left to ask for it.
+local function trim(episode)
+  local key = B .. ':t:' .. episode
   for _ = 1, 8 do
     local head = c('ZRANGE', key, 0, 0, 'WITHSCORES')
     if not head[1] or tonumber(head[2]) > horizon or c('GETRANGE', B .. ':d:' .. head[1], 0, 0) == 'P' then return end
     c('ZREM', key, head[1])
     c('DEL', B .. ':s:' .. head[1])
   end
+end
+
+-- Drop what no predecessor can ask for any more, so that an endless episode stays small, and many ended ones too.
+local function forget(d, ending)
+  if d[1] == '' then return end
+  if d[2] < 0 then return trim(d[1]) end
+  local found = c('DEL', at_step(':e:', d[1], d[2] + 1))
+  local want = at_step(':w:', d[1], d[2] + 1)
+  if found == 1 or ending == 'terminated' or ending == 'truncated' then c('DEL', want)
+  else c('SET', want, '', 'PX', successor_ttl) end  -- nobody will ask for that step
 end
 
 -- The only place where a transition is born.
@@ -271,8 +285,8 @@ end
 
 local function on_decision(event, seq)
   local d = {event[2], event[3], event[4], event[5], event[6], event[7], event[8], event[9], producer, epoch, seq}
-  d.id = event[1]
-  if not c('SET', B .. ':d:' .. d.id, 'P' .. pack(d), 'NX') then return end
+  if not c('SET', B .. ':d:' .. event[1], 'P' .. pack(d), 'NX') then return end
+  d.id = event[1]  -- not before: with a name in it, it would be packed as a map
   c('ZADD', DUE, d[3], d.id)
   if d[1] ~= '' then place(d) end
   local list = waiting(d.id)
@@ -296,7 +310,7 @@ for k, event in ipairs(events) do
 end
 last = math.max(last, first + count - 1)
 c('HSET', WM, LANE, whole(last))
-c('ZADD', SEEN, now, LANE)
+c('ZADD', SEEN, now + (bye and KEPT_AFTER_BYE_MS or KEPT_MS), LANE)
 if bye then
   c('HDEL', EV, LANE)
 else
@@ -323,6 +337,7 @@ for _, id in until_time(ORD, horizon) do
   local d = load_decision(id)
   local rank = d and c('ZRANK', B .. ':t:' .. d[1], id)
   if rank and rank > 0 then try(c('ZRANGE', B .. ':t:' .. d[1], rank - 1, rank - 1)[1]) end
+  if d then trim(d[1]) end
   c('ZREM', ORD, id)
 end
 for _, id in until_time(DUE, low) do
@@ -343,7 +358,7 @@ for _, id in until_time(EARLY, low) do
   c('DEL', B .. ':r:' .. id)
   c('ZREM', EARLY, id)
 end
-for _, lane in ipairs(c('ZRANGE', SEEN, '-inf', whole(now - WM_KEPT_MS), 'BYSCORE', 'LIMIT', 0, WM_PRUNED)) do
+for _, lane in ipairs(c('ZRANGE', SEEN, '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, FORGOTTEN)) do
   c('HDEL', WM, lane)
   c('ZREM', SEEN, lane)
 end

@@ -238,7 +238,7 @@ class ReferenceJoin:
         self._called_ms = now
         last = self._last.get(lane, 0)
         self._out = out = Outcome(last, lost=max(0, batch.first_seq - last - 1))
-        if out.lost and not self._counts(lane, now) and now >= self._held_until_ms:
+        if now >= self._held_until_ms and self._strangers(batch, out.lost):
             self._held_until_ms = now + self._config.max_lag_ms
         if out.lost and not batch.force:
             out.gap, out.lost = True, 0
@@ -258,6 +258,17 @@ class ReferenceJoin:
         """Whether deadlines wait for a lane: it was heard of within max_lag, breaks of the join left out."""
         known = self._lanes.get(lane)
         return known is not None and now - max(known[1], self._since_ms) < self._config.max_lag_ms
+
+    def _strangers(self, batch: Batch, lost: int) -> bool:
+        """Whether there may be lanes that the join does not know.
+
+        This one has shipped what the join has forgotten, or is new and has recorded before anybody could call.
+        """
+        lane = batch.producer, batch.epoch
+        if lost:
+            return not self._counts(lane, batch.now_ms)
+        oldest = min([batch.through_ms + 1, *(event.at_ms for event in batch.events[:1])])
+        return lane not in self._last and oldest < self._since_ms - BREAK_MS
 
     def _apply(self, event: Event, batch: Batch, seq: int) -> None:
         if isinstance(event, RewardEvent):
@@ -333,7 +344,10 @@ class ReferenceJoin:
         mine = held.event
         same = [other for other in self._decisions.values() if mine.episode and other.event.episode == mine.episode]
         if mine.step >= 0:
-            return _first((other for other in same if other.event.step == mine.step + 1), "step")
+            if any(other.event.step == mine.step and other.state not in OPEN for other in same):
+                return None  # this step was taken twice: the one that closed first has what followed
+            following = [other for other in same if other.event.step == mine.step + 1]
+            return _first(reversed(following), "step")
         after = [other for other in same if held.placed and other.placed and other.moment > held.moment]
         nearest = sorted(after, key=lambda other: other.moment)[:1]
         return _first((other for other in nearest if other.event.at_ms <= self._horizon), "time")

@@ -38,8 +38,6 @@ MAX_BACKOFF_S = 1.0
 QUICK_REJECTS = 8
 FIRST_BACKOFF_S = 0.02
 
-__all__ = ["Gap", "Refused", "ShipCall", "Shipped", "Shipper", "ShipperStatistics", "Streams"]
-
 log = structlog.get_logger(__name__)
 
 

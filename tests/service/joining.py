@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from service.decision import DecisionEvent, Event, RewardEvent, encode_events
-from service.join import Batch, JoinConfig, Outcome, Transition
+from service.join import Batch, JoinConfig, Outcome, ReferenceJoin, Transition
 from service.redis_streams import SCRIPT, base, script_arguments
 from service.shipcall import ShipCall
 
@@ -35,12 +35,14 @@ class Seen:
 class ScriptJoin:
     """`service/join.lua` on a real server, for one policy."""
 
-    def __init__(self, client: redis.Redis, policy: str, config: JoinConfig | None = None) -> None:
+    def __init__(
+        self, client: redis.Redis, policy: str, config: JoinConfig | None = None, source: bytes = SCRIPT
+    ) -> None:
         self.client = client
         self.policy = policy
         self.config = config or JoinConfig()
         self.base = base(policy)
-        self._script = client.register_script(SCRIPT)
+        self._script = client.register_script(source)
         self._lengths = dict.fromkeys(STREAMS, 0)
 
     def ship(self, batch: Batch, rows: int = 3) -> Seen:
@@ -104,6 +106,32 @@ class ScriptJoin:
             return []
         found: Any = self.client.xrevrange(f"{self.base}:{stream}", count=news)
         return [_fields(entry) for _, entry in reversed(found)]
+
+
+class Both:
+    """Script and model, called alike. `next` counts a lane's events, so that tests need not."""
+
+    def __init__(self, script: ScriptJoin) -> None:
+        self.script, self.model = script, ReferenceJoin(script.config)
+        self.next: dict[str, int] = {}
+        self.now = 1_000
+
+    def __call__(self, *events: Any, lane: str = "w", through: int = 0, seq: int | None = None, **options: Any) -> Seen:
+        first = self.next.get(lane, 1) if seq is None else seq
+        seen = self.raw(beat(lane, first, *events, through=through, now=self.now, **options))
+        if not seen.gap:
+            self.next[lane] = seen.last + 1
+        return seen
+
+    def raw(self, batch: Batch) -> Seen:
+        seen = self.script.ship(batch)
+        assert seen == modelled(self.model.ship(batch))
+        return seen
+
+    def born(self, *events: Any, **options: Any) -> Fields:
+        """Make a call that gives birth to one transition."""
+        (fields,) = self(*events, **options).transitions.values()
+        return fields
 
 
 def modelled(outcome: Outcome) -> Seen:

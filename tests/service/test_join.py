@@ -56,6 +56,21 @@ def test_the_script_has_the_tables_words_and_numbers() -> None:
     assert f"EARLY_KEPT, LATE_TOLD = {EARLY_KEPT}, " in SCRIPT
 
 
+def test_the_page_names_every_field_of_the_streams() -> None:
+    (table,) = re.findall(r"^\| field \|.*\Z", PAGE, re.DOTALL | re.MULTILINE)
+    named = [
+        word for line in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for word in re.findall(r"`(\w+)`", line)
+    ]
+    (born,) = re.findall(r":transitions', '\*', (.*?)\)\n", SCRIPT, re.DOTALL)
+    assert sorted(named) == sorted(re.findall(r"'(\w+)', \S", born))
+    starred = {
+        word for line in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for word in re.findall(r"`(\w+)`\*", line)
+    }
+    for stream in ("late", "orphan"):
+        (aside,) = re.findall(rf":{stream}', '\*', (.*?)\)\n", SCRIPT)
+        assert set(re.findall(r"'(\w+)', \S", aside)) - {"w"} == starred
+
+
 @pytest.mark.parametrize(("state", "move"), list(itertools.product(State, Move)))
 def test_a_pair_outside_the_table_raises(state: State, move: Move) -> None:
     if (state, move) in TABLE:

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import redis
 
 from service.decision import RewardFlags, encode_events
-from service.join import BREAK_MS, EARLY_KEPT, Batch, JoinConfig, ReferenceJoin
+from service.join import BREAK_MS, EARLY_KEPT, Batch, JoinConfig
 from service.redis_streams import SCRIPT, script_arguments
 from service.shipcall import ShipCall
-from tests.service.joining import Fields, ScriptJoin, Seen, beat, decision, modelled, reward
+from tests.service.joining import Both, Fields, ScriptJoin, Seen, beat, decision, reward
 
 TERMINATED, TRUNCATED = int(RewardFlags.TERMINATED), int(RewardFlags.TRUNCATED)
 DUE = 11_000  # of `decision` as it is by default
 DAY_MS = 86_400_000
-
-
-class Both:
-    """Script and model, called alike. `sent` counts a lane's events, so that tests need not."""
-
-    def __init__(self, script: ScriptJoin) -> None:
-        self.script, self.model = script, ReferenceJoin(script.config)
-        self.next: dict[str, int] = {}
-        self.now = 1_000
-
-    def __call__(self, *events: Any, lane: str = "w", through: int = 0, seq: int | None = None, **options: Any) -> Seen:
-        first = self.next.get(lane, 1) if seq is None else seq
-        seen = self.raw(beat(lane, first, *events, through=through, now=self.now, **options))
-        if not seen.gap:
-            self.next[lane] = seen.last + 1
-        return seen
-
-    def raw(self, batch: Batch) -> Seen:
-        seen = self.script.ship(batch)
-        assert seen == modelled(self.model.ship(batch))
-        return seen
-
-    def born(self, *events: Any, **options: Any) -> Fields:
-        """Make a call that gives birth to one transition."""
-        (fields,) = self(*events, **options).transitions.values()
-        return fields
 
 
 @pytest.fixture
@@ -228,6 +200,18 @@ def test_a_default_has_its_successor_where_it_is_known(join: Both) -> None:
     }
 
 
+def test_of_a_step_taken_twice_the_first_to_close_has_the_successor(join: Both) -> None:
+    """A caller asked again after a lost answer; nobody knows of the decision it never saw."""
+    join(decision("unseen", "ep", 0), decision("a", "ep", 0), decision("b", "ep", 1))
+    assert join.born(reward("a"))["ni"] == b"b"
+    assert ended(join(through=DUE).transitions["unseen"]) == ("defaulted", "lost", "0", "")
+
+
+def test_where_a_successor_was_taken_twice_the_one_shipped_last_counts(join: Both) -> None:
+    join(decision("a", "ep", 0), decision("b", "ep", 1), decision("c", "ep", 1))
+    assert join.born(reward("a"))["ni"] == b"c"
+
+
 def test_a_voided_step_is_still_what_came_next(join: Both) -> None:
     join(decision("a", "ep", 0), decision("b", "ep", 1), reward("b", executed=0))
     assert join.born(reward("a"))["n"] == b"state of b"
@@ -266,17 +250,6 @@ def test_steps_and_no_steps_in_one_episode_follow_their_own_kind(join: Both) -> 
     born = {each["i"]: (each["ni"], each["o"]) for each in join(through=2_000).transitions.values()}
     assert born == {b"t0": (b"t1", b"time")}
     assert [each["ni"] for each in join.script.entries() if each["i"] == b"s0"] == [b"s1"]
-
-
-def test_an_endless_episode_leaves_nothing_behind(join: Both) -> None:
-    for n in range(30):
-        now = 1_000 + n * 100
-        join(decision(f"s{n}", "steps", n, now), decision(f"t{n}", "time", -1, now), through=now - 1)
-        join(reward(f"s{n}", now), reward(f"t{n}", now), through=now)
-        join(decision(f"u{n}", "told", n, now), reward(f"u{n}", now, sent=b"x"), through=now)
-    kept = {key for key in join.script.suffixes() if key[:2] in {"e:", "w:", "s:"}}
-    assert kept == {"w:steps:30", "w:told:30", "s:t29"}
-    assert join.script.client.zcard(join.script.base + ":t:time") == 1
 
 
 # Lanes and time
@@ -336,6 +309,32 @@ def test_after_a_loss_of_memory_deadlines_wait_until_all_can_have_called(join: B
     assert join.script.entries()[-1]["j"] == b"defaulted"
 
 
+@pytest.mark.parametrize("steps", [0, 1], ids=["asks first", "brings events"])
+def test_a_new_lane_with_a_past_is_not_alone(join: Both, steps: int) -> None:
+    """Redis was emptied while nobody could call; the first to come back had not shipped anything yet."""
+    join.now += 60_000
+    past = [decision("a")] if steps else []
+    join(*past, through=join.now - 1 if steps else 999)
+    join(*[] if steps else [decision("a")], through=join.now)
+    assert not join(through=join.now).transitions
+    assert join.born(reward("a"), lane="other", through=join.now)["j"] == b"joined"
+
+
+def test_a_new_lane_without_a_past_holds_nothing_back(join: Both) -> None:
+    join.now += 60_000
+    join(through=join.now - 1)
+    assert join(decision("a", at=join.now - BREAK_MS), through=join.now).transitions
+
+
+def test_a_lane_that_is_remembered_may_come_with_its_past(join: Both) -> None:
+    """A service that was stopped over night looks through its old spool first."""
+    join(decision("a"))
+    join(bye=True)
+    join.now += DAY_MS
+    join(seq=1, through=999)
+    assert join(through=join.now).transitions
+
+
 def test_a_lane_that_says_bye_is_waited_for_no_more(join: Both) -> None:
     join(lane="other", through=1)
     join(decision("a"), through=DUE)
@@ -352,16 +351,6 @@ def test_a_sweep_is_bounded(store: redis.Redis, policy: str) -> None:
     assert [seen.pending for seen in calls] == [3, 1, 0]
 
 
-def test_a_lane_not_heard_of_for_a_week_is_pruned(join: Both) -> None:
-    join(decision("a"), lane="old")
-    join()
-    wm = join.script.base + ":wm"
-    join.script.ship(beat("w", 1, now=1_000 + 7 * DAY_MS - 1))
-    assert join.script.client.hlen(wm) == 2
-    join.script.ship(beat("w", 1, now=1_000 + 7 * DAY_MS))
-    assert join.script.client.hkeys(wm) == [b"w:1"]
-
-
 def test_the_servers_clock_is_taken_when_none_is_given(store: redis.Redis, policy: str) -> None:
     script = ScriptJoin(store, policy)
     script.ship(beat("w", 1, now=0))
@@ -370,35 +359,7 @@ def test_the_servers_clock_is_taken_when_none_is_given(store: redis.Redis, polic
     assert 0 <= seconds[0] - int(told.split(b":")[1]) // 1000 <= 60
 
 
-# What is kept, and what is refused
-
-
-def gone(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@pytest.mark.parametrize("step", [0, -1], ids=["steps", "time"])
-def test_a_state_outlives_its_record_until_its_predecessor_has_closed(
-    store: redis.Redis, policy: str, step: int
-) -> None:
-    script = ScriptJoin(store, policy, JoinConfig(record_ttl_ms=1))
-    script.ship(
-        beat("w", 1, decision("a", "ep", step, 1_000), decision("b", "ep", step + 1 if step >= 0 else -1, 1_001))
-    )
-    script.ship(beat("w", 3, reward("b", flags=TERMINATED), through=2_000))
-    gone(lambda: not store.exists(script.base + ":d:b"))
-    assert script.ship(beat("w", 4, reward("a"), through=2_000)).transitions["a"]["n"] == b"state of b"
-
-
-def test_open_records_do_not_expire_and_closed_ones_do(store: redis.Redis, policy: str) -> None:
-    script = ScriptJoin(store, policy, JoinConfig(record_ttl_ms=50_000, successor_ttl_ms=90_000))
-    script.ship(beat("w", 1, decision("a", "ep", 0), decision("b"), reward("b"), reward("early")))
-    ttl: dict[str, Any] = {key: store.pttl(f"{script.base}:{key}") for key in ("d:a", "r:early", "d:b")}
-    assert ttl["d:a"] == ttl["r:early"] == -1
-    assert 0 < ttl["d:b"] <= 50_000
+# What is refused
 
 
 @pytest.mark.parametrize(

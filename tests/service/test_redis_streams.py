@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def test_a_decision_can_be_read_at_every_stage(valkey_url: str, policy: str) -> 
 def test_defaulted_and_voided_decisions_can_be_read(valkey_url: str, policy: str) -> None:
     async def scenario(streams: RedisStreams) -> None:
         not_executed = reward("v", flags=int(RewardFlags.NOT_EXECUTED))
+        await streams.ship(call(policy, through=time.time_ns() // 1_000_000))  # heard of, by the server's clock too
         await streams.ship(call(policy, decision("v"), not_executed, decision("d"), through=11_000))
         voided, defaulted = [await streams.read_decision(policy, id) for id in "vd"]
         assert voided is not None

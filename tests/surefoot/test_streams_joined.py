@@ -16,7 +16,7 @@ from tests.surefoot.test_streams import reader
 from tests.surefoot.valkey import Valkey
 
 JOIN = (Path(service.__file__).parent / "join.lua").read_text()
-WINDOW_MS, DAY_MS = 1_000, 86_400_000
+NOW_MS, WINDOW_MS, DAY_MS = 1_000, 1_000, 86_400_000
 
 
 class Shipper:
@@ -27,7 +27,7 @@ class Shipper:
 
     def ship(self, *events: Event, through_ms: int = 0, again: bool = False) -> list[Any]:
         first = self._seq - len(events) if again else self._seq
-        arguments = [first, len(events), through_ms, 0, "0", "0", DAY_MS, 1000, DAY_MS, DAY_MS, "0.0"]
+        arguments = [first, len(events), through_ms, NOW_MS, "0", "0", DAY_MS, 1000, DAY_MS, DAY_MS, "0.0"]
         reply: Any = self._store.eval(JOIN, 1, self._base, "w0", 3, *map(str, arguments), encode_events(list(events)))
         assert reply[0] == b"OK"
         self._seq = reply[1] + 1
