@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from policies.bundle import Label
 from policies.errors import ConfigError
+from policies.types import Role
 
 DEPLOYMENT = "deployment.yaml"
 RouteBy = Literal["key", "episode", "decision"]
@@ -46,8 +47,23 @@ class Deployment(Struct, forbid_unknown_fields=True, frozen=True):
     @property
     def versions(self) -> set[str]:
         """Labels that the deployment names."""
-        named = {self.champion, *(challenger.version for challenger in self.challengers)}
-        return named | ({self.baseline} if self.baseline else set())
+        return set(self.by_role)
+
+    @property
+    def by_role(self) -> dict[str, str]:
+        """Labels that the deployment names, and the field that names each; the champion first."""
+        named = {challenger.version: f"challengers[{i}].version" for i, challenger in enumerate(self.challengers)}
+        if self.baseline is not None:
+            named[self.baseline] = "baseline"
+        return {self.champion: "champion"} | {label: at for label, at in named.items() if label != self.champion}
+
+    def role_of(self, label: str) -> Role | None:
+        """Say what a version does; None: nothing, it only stands ready."""
+        if label == self.champion:
+            return "champion"
+        if label in {challenger.version for challenger in self.challengers}:
+            return "challenger"
+        return "baseline" if label == self.baseline else None
 
 
 def read_deployment(raw: bytes, where: str) -> Deployment:

@@ -1,8 +1,9 @@
 """The only place where chance becomes an action. Pure.
 
-`u_j = H(draw key, decision id, j)`: a keyed BLAKE2b of the decision id gives eight 53-bit uniforms per block. `u_0`
-picks the exploring part, `u_1` the action within the part. Anyone who holds the key can draw again and gets the same
-bits; anyone who does not cannot tell the next action from the last.
+`u_j = H(draw key, decision id, j)`: a keyed BLAKE2b of the decision id gives eight 53-bit uniforms per block (two are
+cut off a shorter one). `u_0` picks the exploring part, `u_1, u_2, …` the action within the part, one for each factor or
+coordinate. Anyone who holds the key can draw again and gets the same bits; anyone who does not cannot tell the next
+action from the last.
 """
 
 from __future__ import annotations
@@ -14,38 +15,63 @@ from hashlib import blake2b
 import numpy as np
 
 from policies.explore import Behaviour
-from policies.types import Bools, Floats, Ints
+from policies.types import Bools, Floats, Ints, Target, columns
 
-UNIFORMS = 2  # u_0 and u_1
+UNIFORMS = 2  # u_0 and u_1: what one choice takes
+_BLOCK = 8  # uniforms in a whole digest of BLAKE2b
 _PERSON = b"surefoot-draw"
 _SCALE = 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """B drawn actions: actions int64 [B], explored bool [B] (the exploring part drew), propensity float64 [B]."""
+    """B drawn actions: actions int64 [B, F], explored bool [B] (the exploring part drew), propensity float64 [B]."""
 
     actions: Ints
     explored: Bools
     propensity: Floats
 
 
-def uniforms(draw_key: bytes, decision_ids: Sequence[str]) -> Floats:
-    """Two uniforms in [0, 1) for each decision id, float64 [B, 2], from the keyed hash."""
+def uniforms(draw_key: bytes, decision_ids: Sequence[str], count: int = UNIFORMS) -> Floats:
+    """`count` uniforms in [0, 1) for each decision id, float64 [B, count], from the keyed hash."""
+    size = 8 * (count if count == UNIFORMS else _BLOCK)
+    blocks = range(-(-count // _BLOCK))
     digests = b"".join(
-        blake2b(decision_id.encode(), digest_size=16, key=draw_key, person=_PERSON).digest()
+        blake2b(decision_id.encode(), digest_size=size, key=draw_key, person=_PERSON, salt=bytes([block])).digest()
         for decision_id in decision_ids
+        for block in blocks
     )
-    bits = np.frombuffer(digests, dtype="<u8").reshape(-1, UNIFORMS)
+    bits = np.frombuffer(digests, dtype="<u8").reshape(len(decision_ids), -1)[:, :count]
     return np.asarray((bits >> np.uint64(11)) * _SCALE, dtype=np.float64)
 
 
 def draw(behaviour: Behaviour, u: Floats) -> Drawn:
-    """Draw one action per row. u: float64 [B, 2] in [0, 1)."""
+    """Draw one action per row. u: float64 [B, 1 + F] in [0, 1).
+
+    The propensity is that of the action whichever part drew it: (1 - ε) · Π own + ε · Π uniform.
+    """
     explored = u[:, 0] < behaviour.epsilon
     part = np.where(explored[:, None], behaviour.uniform, behaviour.own)
-    actions = invert(part, u[:, 1])
-    return Drawn(actions, explored, behaviour.probabilities[np.arange(len(actions)), actions])
+    rows = np.arange(len(part))
+    actions = np.empty((len(part), len(behaviour.nvec)), dtype=np.int64)
+    own, uniform = np.ones(len(part)), np.ones(len(part))
+    for factor, where in enumerate(columns(behaviour.nvec)):
+        actions[:, factor] = invert(part[:, where], u[:, 1 + factor])
+        at = where.start + actions[:, factor]
+        own *= behaviour.own[rows, at]
+        uniform *= behaviour.uniform[rows, at]
+    return Drawn(actions, explored, (1.0 - behaviour.epsilon) * own + behaviour.epsilon * uniform)
+
+
+def propose(wanted: Target, u: Floats) -> Ints:
+    """What the version would have done without a mask, int64 [B, F]: the best action, or the same uniform through its
+    own target.
+    """
+    chosen = [
+        wanted.scores[:, where].argmax(axis=1) if wanted.greedy else invert(wanted.scores[:, where], u[:, 1 + factor])
+        for factor, where in enumerate(columns(wanted.nvec))
+    ]
+    return np.stack(chosen, axis=1)
 
 
 def invert(distribution: Floats, u: Floats) -> Ints:

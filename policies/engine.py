@@ -1,37 +1,37 @@
-"""EDGE: ONNX Runtime. The only importer of onnxruntime.
+"""EDGE: a version ready to run. One session per version; where it runs; whether it may; how long a call will take.
 
-Duty: one session per version; where it runs; whether it reproduces its golden vectors; how long a call will take.
-It knows nothing of masks, exploration or requests.
-Strategy: one intra-op and one inter-op thread per session on CPU (a pool per session would fight the event loop for
-cores). ONNX Runtime falls back to CPU without an error when CUDA is missing, so the session's providers are checked.
+Duty: open the network on the device that was asked for, hold it against its golden vectors, warm it up and time it, and
+open it anew when the device has run out of memory. It knows nothing of masks, exploration or requests.
+Strategy: ONNX Runtime falls back to CPU without an error when CUDA is missing, so the session's providers are checked.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-
-# ONNX Runtime's Linux builds report usage to their vendor unless told not to. A policy server does not phone home.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import onnxruntime as ort
 import structlog
 
 from policies.bundle import PolicyBundle
 from policies.errors import BundleError, ConfigError
-from policies.heads import index_rows
+from policies.network import CPU, CUDA, Memory, Network, Outputs, available_providers
+from policies.types import Bools
 
 Device = Literal["auto", "cpu", "cuda"]
-Outputs = npt.NDArray[np.floating]
 
 WARM_UP_CALLS = 8
 # Weight of the newest call in the moving average: 0.05 forgets a stall within some 50 calls.
 SMOOTHING = 0.05
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+# Between two tries to open a session on a device without memory.
+REOPEN_PAUSE_S = 1.0
+# How ONNX Runtime's and CUDA's own messages say that memory has run out.
+OUT_OF_MEMORY = ("out of memory", "out_of_memory", "failed to allocate memory", "bad_alloc")
 
 # How to export again, so that one call answers a whole batch.
 DYNAMIC_BATCH = (
@@ -42,11 +42,15 @@ DYNAMIC_BATCH = (
 log = structlog.get_logger("policies.engine")
 
 
+class OutOfMemory(RuntimeError):
+    """The device ran out of memory: this call has no answer, the next ones will when the session is open again."""
+
+
 def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
     """Say where networks will run. Raises ConfigError when cuda is asked for and cannot be had."""
     if device == "cpu":
         return "cpu"
-    usable = "CUDAExecutionProvider" in ort.get_available_providers() and _driver_loads()
+    usable = PROVIDERS["cuda"] in available_providers() and _driver_loads()
     if device == "cuda" and not usable:
         raise ConfigError(
             "device cuda was asked for, but this machine has no CUDA driver or this onnxruntime no CUDA provider; "
@@ -64,60 +68,55 @@ def _driver_loads() -> bool:
     return True
 
 
-def answer(session: Any, input: str, output: str, states: npt.NDArray[np.floating], one_by_one: bool) -> Outputs:
-    """Ask an open session. A network that takes one state at a time is asked row by row; a lone number is a row."""
-    calls = [states[row : row + 1] for row in range(len(states))] if one_by_one else [states]
-    answers = [np.atleast_1d(session.run([output], {input: call})[0]) for call in calls]
-    return answers[0] if len(answers) == 1 else np.concatenate(answers)
-
-
-def answer_of_file(
-    model: bytes, input: str, output: str, states: npt.NDArray[np.floating], one_by_one: bool
-) -> Outputs:
-    """Open a network on the CPU for one question, as an export does for its golden vectors. Raises BundleError."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return answer(session, input, output, states, one_by_one)
-    except Exception as error:
-        raise BundleError(f"ONNX Runtime cannot run the network: {error}", "model.onnx", "load") from None
-
-
 class Engine:
-    """A version's network, ready to run: `run` takes observations [B, *shape] and gives outputs [B, n]."""
+    """A version's network, ready to run: `run` takes observations [B, *shape] and gives outputs [B, width]."""
 
     def __init__(
         self,
         bundle: PolicyBundle,
         device: Device = "cpu",
         monotonic_s: Callable[[], float] = time.perf_counter,
+        open_network: Callable[[PolicyBundle, str], Network] | None = None,
     ) -> None:
         """Load, hold against the golden vectors, warm up and time. Raises BundleError or ConfigError."""
         self.bundle = bundle
         self.device = resolve_device(device)
         self._monotonic_s = monotonic_s
-        self._session = self._open(device)
+        self._open_network = open_network or _open
+        self._network: Network | None = self._open(device)
+        self._reopening = threading.Lock()
+        self._reopen_after_s = 0.0
         self._fixed_s = self._row_s = 0.0
         self._scale = 1.0
         self._check_golden()
         self._warm_up()
-        if bundle.one_by_one:
-            log.warning(
-                "policy_runs_one_state_at_a_time",
-                policy=bundle.policy,
-                version=bundle.version,
-                mend=DYNAMIC_BATCH.format(input=bundle.input, output=bundle.output),
-            )
+        if bundle.interface.one_by_one:
+            mend = DYNAMIC_BATCH.format(input=bundle.interface.input, output=bundle.interface.output)
+            log.warning("policy_runs_one_state_at_a_time", policy=bundle.policy, version=bundle.version, mend=mend)
 
-    def run(self, states: npt.NDArray[np.floating]) -> Outputs:
-        """Run one call. Raises RuntimeError when the network fails or answers with another shape."""
+    def run(self, states: npt.NDArray[np.floating], mask: Bools | None = None) -> Outputs:
+        """Run one call of a network without memory. Raises RuntimeError as `step` does."""
+        return self.step(states, mask, None)[0]
+
+    def step(
+        self, states: npt.NDArray[np.floating], mask: Bools | None, memory: Memory | None
+    ) -> tuple[Outputs, Memory]:
+        """Run one call: outputs [B, width] and the memory after it, [B, memory_size], from the memory before it.
+
+        Raises RuntimeError when the network fails or answers with another shape, OutOfMemory while the device has no
+        memory for it: the caller answers with the fallback, and may call again at any time.
+        """
         started = self._monotonic_s()
-        outputs = self._infer(states)
+        answer = self._ask(states, mask, memory)
         took = self._monotonic_s() - started
         ratio = took / max(self._fixed_s + self._row_s * len(states), 1e-9)
         self._scale += SMOOTHING * (ratio - self._scale)
-        return outputs
+        return answer
+
+    def first_memory(self, rows: int) -> Memory:
+        """What a recurrent network remembers of an episode that has not begun, [rows, memory_size]."""
+        doubles = any(state.dtype == "float64" for state in self.bundle.interface.recurrent)
+        return np.zeros((rows, self.bundle.interface.memory_size), dtype=np.float64 if doubles else np.float32)
 
     def predicted_s(self, rows: int) -> float:
         """Predict the duration of a call with so many rows, in seconds."""
@@ -128,46 +127,67 @@ class Engine:
         fixed, row = self._scale * self._fixed_s, self._scale * self._row_s
         return max(1, int((budget_s - fixed) / max(row, 1e-9)))
 
-    def _infer(self, states: npt.NDArray[np.floating]) -> Outputs:
+    def _ask(
+        self, states: npt.NDArray[np.floating], mask: Bools | None, memory: Memory | None
+    ) -> tuple[Outputs, Memory]:
+        network, name = self._network, f"{self.bundle.policy}/{self.bundle.version}"
+        if network is None:
+            self._reopen()
+            raise OutOfMemory(f"{name}: the session is being opened again after the device ran out of memory")
         try:
-            outputs = answer(self._session, self.bundle.input, self.bundle.output, states, self.bundle.one_by_one)
-            if self.bundle.head == "action":
-                outputs = index_rows(outputs, self.bundle.action.n)
-        except Exception as error:  # ONNX Runtime raises a dozen types of its own, all from pybind
-            raise RuntimeError(f"{self.bundle.policy}/{self.bundle.version}: {error}") from error
-        if outputs.shape != (len(states), self.bundle.action.n):
-            raise RuntimeError(f"{self.bundle.policy}/{self.bundle.version} answered with shape {outputs.shape}")
-        return outputs
+            return network.ask(states, mask, memory)
+        except RuntimeError as error:
+            if any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+                self._reopen()
+                raise OutOfMemory(f"{name}: {error}") from error
+            raise RuntimeError(f"{name}: {error}") from error
 
-    def _open(self, device: Device) -> Any:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[self.device]
-        providers = list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
+    def _reopen(self) -> None:
+        """Close the session, which gives its memory back, and open it again beside: until then there is no network.
+
+        An arena that has grown over its limit, or was cut into pieces, does not recover by itself.
+        """
+        if self._monotonic_s() < self._reopen_after_s or not self._reopening.acquire(blocking=False):
+            return
+        self._reopen_after_s = self._monotonic_s() + REOPEN_PAUSE_S
+        self._network = None
+        threading.Thread(target=self._open_again, name="reopen", daemon=True).start()
+
+    def _open_again(self) -> None:
         try:
-            session = ort.InferenceSession(self.bundle.model, options, providers=providers)
-        except Exception as error:
-            raise BundleError(f"ONNX Runtime cannot load the network: {error}", "model.onnx", "load") from None
-        if session.get_providers()[0] != wanted:
+            self._network = self._open("auto" if self.device == "cuda" else "cpu")
+            log.warning("session_reopened", policy=self.bundle.policy, version=self.bundle.version, device=self.device)
+        except Exception as error:  # still no memory: the next call tries again
+            log.error("session_not_reopened", policy=self.bundle.policy, version=self.bundle.version, error=str(error))
+        finally:
+            self._reopening.release()
+
+    def _open(self, device: Device) -> Network:
+        network = self._open_network(self.bundle, self.device)
+        if network.provider != PROVIDERS[self.device]:
             if device == "cuda":
                 raise ConfigError("device cuda was asked for, but its libraries do not load", "SUREFOOT_DEVICE")
+            log.warning("cuda_fell_back_to_cpu", policy=self.bundle.policy, version=self.bundle.version)
             self.device = "cpu"
-        return session
+        return network
 
     def _check_golden(self) -> None:
         bundle = self.bundle
         try:
-            outputs = self._infer(bundle.golden_states)
+            outputs, memory = self._ask(bundle.golden_states, None, None)
         except RuntimeError as error:
-            raise BundleError(str(error), "golden.json", "golden") from None
-        if not np.isfinite(outputs).all():
-            raise BundleError("the network answers golden states with NaN or infinity", "golden.json", "finite")
+            raise BundleError(f"{error}; export the bundle again", "golden.json", "golden") from None
+        if not (np.isfinite(outputs).all() and np.isfinite(memory).all()):
+            detail = "the network answers golden states with NaN or infinity; look for log(0), 0/0 or overflow in it"
+            raise BundleError(detail, "golden.json", "finite")
         close = np.isclose(outputs, bundle.golden_outputs, rtol=bundle.golden_rtol, atol=bundle.golden_atol)
         if not close.all():
             row = int(np.flatnonzero(~close.all(axis=1))[0])
-            detail = f"golden state {row}: expected {bundle.golden_outputs[row].tolist()}, got {outputs[row].tolist()}"
+            expected, got = bundle.golden_outputs[row].tolist(), outputs[row].tolist()
+            detail = (
+                f"golden state {row}: expected {expected}, got {got}; model.onnx and golden.json are of two exports, "
+                "or the network behaves differently here: export both again"
+            )
             raise BundleError(detail, f"golden.json outputs[{row}]", "golden")
 
     def _warm_up(self) -> None:
@@ -178,13 +198,21 @@ class Engine:
         self._fixed_s = max(lone - self._row_s, 1e-9)
         budget_s = self.bundle.latency_budget_ms / 1000
         if lone > budget_s:
-            detail = f"one state takes {lone * 1000:.2f} ms, the budget is {self.bundle.latency_budget_ms} ms"
+            detail = (
+                f"one state takes {lone * 1000:.2f} ms, the budget is {self.bundle.latency_budget_ms} ms; "
+                "raise latency_budget_ms, export a smaller network, or serve it on a GPU"
+            )
             raise BundleError(detail, "latency_budget_ms", "latency")
 
     def _median(self, states: npt.NDArray[np.floating]) -> float:
         took = []
         for _ in range(WARM_UP_CALLS):
             started = self._monotonic_s()
-            self._infer(states)
+            self._ask(states, None, None)
             took.append(self._monotonic_s() - started)
         return sorted(took)[len(took) // 2]
+
+
+def _open(bundle: PolicyBundle, device: str) -> Network:
+    providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
+    return Network(bundle.model, bundle.interface, providers)

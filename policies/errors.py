@@ -9,6 +9,13 @@
     │   │   ├── NotFinite    422     NaN, Infinity, or a number that the observation's dtype cannot hold
     │   │   └── UnknownAction 422    an action outside the action space
     │   ├── UnknownPolicy    404
+    │   ├── UnknownVersion   404
+    │   ├── VersionExists    409     the label is taken by other content: versions never change
+    │   ├── VersionLive      409     the version decides, or may: it cannot be deleted
+    │   ├── VersionReadOnly  409     the version lies in the directory of the start: it cannot be deleted here
+    │   ├── GenerationMoved  412     somebody else has changed the deployment meanwhile
+    │   ├── GenerationMissing 428    an existing deployment is changed by If-Match only
+    │   ├── UnsupportedMedia 415     the body is of a type that the route does not take
     │   ├── UnknownDecision  404     the id was never issued here: malformed, forged, or of another deployment
     │   ├── DecisionExpired  404     the id was issued, its record is gone
     │   ├── RewardConflict   409     another reward stands under the same (decision_id, reward_id)
@@ -23,6 +30,7 @@
     │   ├── LedgerFull       503     the bounded buffer is full
     │   ├── LedgerBroken     503     the spool cannot be written
     │   ├── StoreAway        503     Redis does not answer, and the question cannot be answered without it
+    │   ├── BundlesAway      503     the store of bundles does not answer
     │   └── NotReady         503     keys or policies are not loaded yet
     ├── BundleError          422     a policy bundle that is refused; `check` names the check that refused it
     └── ConfigError          500     a setting or a file of the deployment is wrong; the service does not start
@@ -96,6 +104,48 @@ class UnknownPolicy(RequestError):
     code = "unknown_policy"
     status = 404
     title = "No such policy"
+
+
+class UnknownVersion(RequestError):
+    code = "unknown_version"
+    status = 404
+    title = "No such version"
+
+
+class VersionExists(RequestError):
+    code = "version_exists"
+    status = 409
+    title = "The version's label is taken by other content"
+
+
+class VersionLive(RequestError):
+    code = "version_live"
+    status = 409
+    title = "The version is live"
+
+
+class VersionReadOnly(RequestError):
+    code = "version_read_only"
+    status = 409
+    title = "The version lies in the service's directory of policies"
+
+
+class GenerationMoved(RequestError):
+    code = "generation_moved"
+    status = 412
+    title = "The deployment has changed meanwhile"
+
+
+class GenerationMissing(RequestError):
+    code = "generation_missing"
+    status = 428
+    title = "If-Match is required"
+
+
+class UnsupportedMedia(RequestError):
+    code = "unsupported_media_type"
+    status = 415
+    title = "The body is of a type that is not taken here"
 
 
 class UnknownDecision(RequestError):
@@ -180,6 +230,11 @@ class LedgerBroken(Unavailable):
 class StoreAway(Unavailable):
     code = "store_away"
     title = "Redis does not answer"
+
+
+class BundlesAway(Unavailable):
+    code = "bundles_away"
+    title = "The store of bundles does not answer"
 
 
 class NotReady(Unavailable):

@@ -1,186 +1,139 @@
-"""EDGE: trained policies to bundle folders. Stable-Baselines3 must be installed for its files, for others nothing more.
+"""EDGE: trained policies to bundles: one function for every kind of file, one for each library.
 
-Duty: make the ONNX file where there is none, compute golden vectors, write the folder and read it back as a load does.
-Promise: what is written passes every check of a load, or a BundleError says which not.
+Duty: find out what a file is and hand it to the exporter that reads it; write the files, after every check of a load.
+Training libraries are imported only where a file of theirs is read.
+Promise: what `export_file` writes passes every check of a load, or a BundleError says which not and nothing is written.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import yaml
-from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, numpy_helper
 
-from policies.bundle import check_operators, check_tensors, read_bundle
-from policies.engine import Engine, answer_of_file
+from policies.bundle import MAX_MODEL_BYTES, read_bundle
+from policies.engine import Engine
 from policies.errors import BundleError
-from policies.heads import index_rows
-from policies.profiles import Profile, propose, recognise, settle, trim
+from policies.export_bundle import Files, Known, Options, assemble
+from policies.export_d3rlpy import export_d3rlpy
+from policies.export_qtable import export_qtable
+from policies.export_sb3 import export_sb3
+from policies.export_torch import export_torch, export_torch_file
+from policies.graph import parse_model
 
-GOLDEN_STATES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    policy: str
-    version: str
-    out: Path
-    actions: str = ""
-    features: str = ""
-    fallback: str = "none"
-    epsilon: float = 0.0
-    without_normalisation: bool = False  # the caller says that an SB3 model was trained without VecNormalize
-
-    @property
-    def names(self) -> list[str]:
-        return [] if self.actions.isdigit() else [name.strip() for name in self.actions.split(",") if name.strip()]
-
-    @property
-    def n(self) -> int | None:
-        return int(self.actions) if self.actions.isdigit() else len(self.names) or None
+KINDS = {
+    ".onnx": "onnx",
+    ".npy": "qtable",
+    ".zip": "sb3",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".pt2": "torch",
+    ".ts": "torch",
+    ".d3": "d3rlpy",
+}
 
 
-def export_file(source: Path, options: Options, kind: str = "auto") -> Path:
-    """Write OUT/POLICY/VERSION from a file and return it. Raises BundleError."""
-    found = {".zip": "sb3", ".npy": "qtable", ".onnx": "onnx"}.get(source.suffix) if kind == "auto" else kind
-    if found == "sb3":
-        if not options.without_normalisation:
-            detail = (
-                f"{source.name} does not say whether it was trained with VecNormalize, which is not folded in yet; "
-                "pass --without-normalisation if it was not"
-            )
-            raise BundleError(detail, "source", "profile")
-        return write_bundle(sb3_model(source), options)
-    if found == "qtable":
-        table = np.load(source, allow_pickle=False)
-        states = np.linspace(0, len(table) - 1, min(GOLDEN_STATES, len(table))).round().astype(np.float32)[:, None]
-        return write_bundle(qtable_model(table), options, states)
+def bundle_files(source: Path, options: Options, kind: str = "auto") -> Files:
+    """Make a file of any kind the three files of a bundle, by name. Raises BundleError.
+
+    kind: onnx (as SB3's documentation, d3rlpy, RLlib, rsl_rl, Godot RL, ML-Agents or plain torch write it), qtable (an
+    array [states, actions]), sb3 (what `model.save` wrote), torch (TorchScript, or a `torch.export` program .pt2),
+    d3rlpy (what `algo.save` wrote); auto tells by the file's ending.
+    """
+    found = KINDS.get(source.suffix.lower()) if kind == "auto" else kind
+    if not source.is_file():
+        raise BundleError(f"there is no file {source}", "source", "files")
     if found == "onnx":
-        return write_bundle(_parse(source), options)
-    raise BundleError(f"{source.name}: this export makes bundles of sb3, qtable and onnx files", "kind", "profile")
+        return assemble(read_onnx(source), options)
+    if found == "qtable":
+        return export_qtable(_table(source), options)
+    if found == "sb3":
+        return export_sb3(source, options)
+    if found == "torch":
+        return export_torch_file(source, options)
+    if found == "d3rlpy":
+        return export_d3rlpy(source, options)
+    known = ", ".join(sorted(set(KINDS.values())))
+    detail = f"{source.name}: its ending does not say what it is ({', '.join(KINDS)}); add --kind, one of {known}"
+    raise BundleError(detail, "kind", "profile")
 
 
-def inspect_file(path: Path) -> str:
-    """Describe a plain ONNX file and the manifest it would get."""
-    proto = _parse(path)
-    profile = recognise(proto)
-    proposal = propose(profile, policy="POLICY", version="VERSION", sha256=sha256(path.read_bytes()).hexdigest())
-    return f"# {profile.convention}: {profile.note}\n{yaml.safe_dump(proposal, sort_keys=False)}"
+def export_file(source: Path, options: Options, out: Path, kind: str = "auto") -> Path:
+    """Write the bundle of a file to OUT/POLICY/VERSION and return that folder. Raises BundleError."""
+    return write_files(bundle_files(source, options, kind), out)
 
 
-def write_bundle(proto: onnx.ModelProto, options: Options, states: npt.NDArray[Any] | None = None) -> Path:
-    """Write a network's bundle and hold it against the checks of a load."""
-    profile = settle(recognise(proto), options.n, None)
-    check_tensors(proto)  # before ONNX Runtime sees a stranger's file for the golden vectors
-    check_operators(proto)
-    model = trim(proto, profile).SerializeToString()
-    if states is None:
-        states = np.random.default_rng(0).standard_normal((GOLDEN_STATES, *profile.shape)).astype(profile.dtype)
-    fallback = int(options.fallback) if options.fallback.isdigit() and not options.names else options.fallback
-    manifest = propose(
-        profile,
-        policy=options.policy,
-        version=options.version,
-        sha256=sha256(model).hexdigest(),
-        actions=options.names,
-        features=[{"name": name.strip()} for name in options.features.split(",") if name.strip()],
-        fallback=fallback,
-        epsilon=options.epsilon,
-    )
-    golden = {"states": states.tolist(), "outputs": _golden(model, profile, states).tolist()}
-    files = {
-        "model.onnx": model,
-        "policy.yaml": yaml.safe_dump(manifest, sort_keys=False).encode(),
-        "golden.json": json.dumps(golden).encode() + b"\n",
-    }
-    Engine(read_bundle(files))  # every check of a load, before anything is written
-    folder = (options.out / options.policy / options.version).absolute()
+def write_files(files: Mapping[str, bytes], out: Path) -> Path:
+    """Write a bundle to OUT/POLICY/VERSION after every check of a load. Raises BundleError, and writes nothing then."""
+    bundle = read_bundle(files)
+    Engine(bundle)
+    folder = (out / bundle.policy / bundle.version).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
 
 
-def qtable_model(table: npt.NDArray[Any]) -> onnx.ModelProto:
-    """Make a network of a table [states, n]: the state's number in, values out; NaN where there is no such state."""
-    if table.ndim != 2 or not np.isfinite(table).all():
-        raise BundleError("a Q-table must be finite numbers [states, actions]", "table", "profile")
-    rows = np.vstack([table, np.full(table.shape[1], np.nan)]).astype(np.float32)  # the last row: no such state
-    constants = {"table": rows, "zero": np.float32(0), "end": np.float32(len(table)), "axis": np.array([1])}
-    nodes = [
-        helper.make_node("Squeeze", ["state", "axis"], ["number"]),
-        helper.make_node("Floor", ["number"], ["whole"]),
-        helper.make_node("Equal", ["number", "whole"], ["integer"]),
-        helper.make_node("GreaterOrEqual", ["number", "zero"], ["from_zero"]),
-        helper.make_node("Less", ["number", "end"], ["before_end"]),
-        helper.make_node("And", ["from_zero", "before_end"], ["inside"]),
-        helper.make_node("And", ["inside", "integer"], ["known"]),
-        helper.make_node("Where", ["known", "number", "end"], ["safe"]),
-        helper.make_node("Cast", ["safe"], ["row"], to=TensorProto.INT64),
-        helper.make_node("Gather", ["table", "row"], ["q_values"], axis=0),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "qtable",
-        [helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 1])],
-        [helper.make_tensor_value_info("q_values", TensorProto.FLOAT, ["batch", table.shape[1]])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+def read_onnx(source: Path) -> onnx.ModelProto:
+    """Read an ONNX file of the owner's, with the weights that torch's newer exporter writes beside it.
+
+    Only a regular file in the same folder is read, and the weights become part of the network: what is served holds
+    everything in one file. Raises BundleError.
+    """
+    raw = source.read_bytes()
+    if len(raw) > MAX_MODEL_BYTES:
+        raise BundleError(f"{source.name} has {len(raw)} bytes, the cap is {MAX_MODEL_BYTES}", "model.onnx", "size")
+    proto = parse_model(raw)
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        told = {entry.key: entry.value for entry in tensor.external_data}
+        tensor.raw_data = _beside(source, told)
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+    return proto
 
 
-def sb3_model(source: Path) -> onnx.ModelProto:
-    """Export the values of a DQN, or the logits of a PPO or A2C, with a dynamic batch."""
-    import torch
-    from stable_baselines3 import A2C, DQN, PPO
-
-    with zipfile.ZipFile(source) as archive:
-        data = json.loads(archive.read("data"))
-    if "exploration_rate" in data:
-        policy, output = DQN.load(source, device="cpu").policy, "q_values"
-    elif "gae_lambda" in data:
-        policy, output = (PPO if "clip_range" in data else A2C).load(source, device="cpu").policy, "logits"
-    else:
-        raise BundleError("only DQN, PPO and A2C: continuous actions are not served yet", "kind", "profile")
-    if type(policy.action_space).__name__ != "Discrete":
-        detail = f"{type(policy.action_space).__name__} actions are not served yet, only Discrete"
-        raise BundleError(detail, "action", "profile")
-
-    class Scores(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.policy = policy
-
-        def forward(self, states: Any) -> Any:
-            if output == "q_values":
-                return self.policy.q_net(states)
-            return self.policy.get_distribution(states).distribution.logits
-
-    file, axes = io.BytesIO(), {0: "batch"}
-    example = torch.zeros(2, *policy.observation_space.shape)
-    names: dict[str, Any] = {"input_names": ["observation"], "output_names": [output]}
-    axes_of = {"observation": axes, output: axes}
-    torch.onnx.export(Scores().eval(), (example,), file, opset_version=17, dynamo=False, dynamic_axes=axes_of, **names)
-    return onnx.load_model_from_string(file.getvalue())
+def _beside(source: Path, told: Mapping[str, str]) -> bytes:
+    """Read one tensor's bytes from the file beside. Raises BundleError for any other place."""
+    location = told.get("location", "")
+    file = source.parent / location
+    plain = bool(location) and Path(location).name == location and not file.is_symlink()
+    offset, length = told.get("offset", "0"), told.get("length", "")
+    if not plain or not file.is_file() or not offset.isdigit() or not length.isdigit():
+        detail = (
+            f"{source.name} keeps weights in {location!r}; that must be a file beside it: copy both, or export again"
+        )
+        raise BundleError(f"{detail} with external_data=False", "model.onnx", "external_data")
+    if file.stat().st_size > MAX_MODEL_BYTES:
+        raise BundleError(f"{location} is larger than the cap of {MAX_MODEL_BYTES} bytes", "model.onnx", "size")
+    with file.open("rb") as opened:
+        opened.seek(int(offset))
+        return opened.read(int(length))
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def _table(source: Path) -> np.ndarray:
     try:
-        return onnx.load_model_from_string(path.read_bytes())
-    except DecodeError:
-        raise BundleError(f"{path.name} is not an ONNX file, or is cut short", "model.onnx", "parse") from None
+        return np.asarray(np.load(source, allow_pickle=False))
+    except (ValueError, OSError, EOFError) as error:
+        raise BundleError(f"{source.name} is no array of numpy's save: {error}", "source", "profile") from None
 
 
-def _golden(model: bytes, profile: Profile, states: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
-    outputs = answer_of_file(model, profile.input, profile.output, states, profile.one_by_one)
-    return index_rows(outputs, profile.n or 0) if profile.head == "action" else outputs
+__all__ = [
+    "KINDS",
+    "Files",
+    "Known",
+    "Options",
+    "assemble",
+    "bundle_files",
+    "export_d3rlpy",
+    "export_file",
+    "export_qtable",
+    "export_sb3",
+    "export_torch",
+    "export_torch_file",
+    "read_onnx",
+    "write_files",
+]

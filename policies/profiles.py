@@ -1,283 +1,292 @@
-"""What an ONNX file that some library exported is: its convention, its shapes, the manifest it deserves. Pure.
+"""What an ONNX file that some library exported is: which convention it follows and what it therefore means. Pure.
 
-Duty: read a graph that nobody wrote a manifest for, say which of the known conventions it follows, and propose one. It
-runs nothing and opens nothing: golden vectors and the digest come from `export.py`, the refusal of hostile files from
-`bundle.py`.
-Strategy: names and positions of inputs and outputs decide, and the operators behind an output where names do not:
-an index behind an ArgMax tells its number of actions, a Tanh at the end is a continuous action. What cannot be told
-(the number of actions behind a bare index, logits or values) is asked for, never guessed silently: `note` says so.
-Promise: a profile fits a discrete, memoryless policy with one observation; the rest is a BundleError that says so.
+Duty: read a graph that nobody wrote a manifest for and say what is certain of it. It runs nothing and opens nothing;
+what only the caller can know (bounds, names, logits or values) is left `None`, and `settle.py` asks for it by the name
+of the option.
+Strategy: names and positions of inputs and outputs decide, and the operators behind an output where names do not: an
+index behind an ArgMax tells its number of actions, a Tanh at the end is a continuous action in [-1, 1].
+Promise: nothing is guessed. A network that cannot be served is a BundleError that says why.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
 
-from policies.bundle import INDEX_TYPES
 from policies.errors import BundleError
-from policies.types import HeadKind
+from policies.graph import FLOAT_TYPES, INDEX_TYPES
+from policies.reading import Reading, Tensor
+from policies.types import ActionKind, HeadKind
 
-Convention = Literal["sb3_actor_critic", "sb3", "d3rlpy", "rllib", "torch"]
-Shape = tuple[int | None, ...]
+Convention = Literal["sb3_actor_critic", "sb3", "d3rlpy", "rllib", "rsl_rl", "ml_agents", "torch"]
 
-FLOATS: Mapping[int, Literal["float32", "float64"]] = {
+DTYPES: Mapping[int, Literal["float32", "float64"]] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.DOUBLE: "float64",
 }
-INTEGERS = INDEX_TYPES - FLOATS.keys()
-# Operators that carry numbers on as they are: what stands before them decides what an output means.
-CARRIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-# An actor that ends so answers with a continuous action in bounds: SB3's and d3rlpy's SAC, TD3, DDPG.
+INTEGERS = INDEX_TYPES - FLOAT_TYPES
+# An actor that ends so answers with a continuous action: SB3's and d3rlpy's SAC, TD3, DDPG.
 BOUNDED = frozenset({"Tanh", "Clip", "Min", "Max"})
+MASKS = frozenset({"action_mask", "action_masks", "mask"})
+LOG_STD = re.compile(r"log_?(std|sigma|scale)", re.IGNORECASE)
+ML_AGENTS = frozenset({"continuous_actions", "discrete_actions"})
+
+GREEDY = "greedy: the file holds the action's index alone, no second-best"
+STOCHASTIC = "stochastic: actions are drawn from the network's distribution"
+CERTAIN = "deterministic: the file holds the action alone; exploration adds noise to it only where it is asked for"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A tensor that the network hands itself from step to step. shape: without the batch axis."""
+
+    input: str
+    output: str
+    shape: tuple[int, ...]
+    batch_axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What an output means. `None`: only the caller can know.
+
+    sizes: how many choices each factor has, None where the file does not say; a continuous action's number of
+    coordinates. normalised: the convention leaves [-1, 1] to be scaled to the bounds by whoever runs the network.
+    """
+
+    kind: ActionKind | None
+    head: HeadKind | None
+    sizes: tuple[int | None, ...]
+    note: str
+    tanh: bool = False
+    normalised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a graph says of itself. `n` is None where only the caller can know it."""
+    """What a graph says of itself. `shape`: of one observation, None where the file does not say."""
 
     convention: Convention
     input: str
     output: str
-    head: HeadKind
-    shape: tuple[int, ...]  # of one observation
+    meaning: Meaning
+    width: int | None
+    shape: tuple[int, ...] | None
     dtype: Literal["float32", "float64"]
-    n: int | None
+    log_std: str | None
+    mask: str | None
+    memory: tuple[Memory, ...]
     one_by_one: bool
-    note: str
+    unbatched: bool  # it takes one observation, without a batch axis
+    lone: bool  # its answer is one number for each state, [batch] instead of [batch, 1]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Every output that is served."""
+        return (self.output, *((self.log_std,) if self.log_std else ()), *(each.output for each in self.memory))
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    name: str
-    elem: int
-    dims: Shape | None  # None: the file does not say even how many axes
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Every input that is given."""
+        return (self.input, *((self.mask,) if self.mask else ()), *(each.input for each in self.memory))
 
 
 def recognise(proto: onnx.ModelProto) -> Profile:
     """Say which convention a network follows. Raises BundleError, naming what is not served."""
-    graph = _inferred(proto)
-    outputs = [_tensor(value) for value in graph.output]
-    initialised = {tensor.name for tensor in graph.initializer}
-    inputs = [_tensor(value) for value in graph.input if value.name not in initialised]
-    if not inputs or not outputs:
-        raise _refuse("the network has no input or no output")
-    convention = _convention(inputs, outputs)
-    output = outputs[0]
-    if convention == "rllib":
-        output = next(tensor for tensor in outputs if tensor.name == "output")
-    observation = _observation(graph, inputs, output)
-    shape = _shape(observation)
-    head, n, note = _head(graph, convention, output)
+    reading = Reading(proto)
+    if not reading.inputs or not reading.outputs:
+        raise refuse("the network has no input or no output")
+    convention = _convention(reading)
+    head, log_std = _heads(reading, convention)
+    read = _read_inputs(reading, [head, *([log_std] if log_std else [])])
+    memory_inputs = {each.name: twin for each in read if (twin := _twin(reading, each)) is not None}
+    mask = next((each.name for each in read if each.name in MASKS), None)
+    observations = [each for each in read if each.name not in memory_inputs and each.name != mask]
+    observation = _only(observations, memory_inputs)
+    unbatched = _unbatched(observation, head)
+    if unbatched:
+        head = replace(head, dims=(1, *(head.dims or ())))
+    memory = tuple(_memory(each, memory_inputs[each.name]) for each in read if each.name in memory_inputs)
+    if unbatched and (memory or mask or log_std):
+        raise refuse("a network without a batch axis must have one input and one output", "observation.shape")
+    meaning = _meaning(reading, convention, head)
+    if log_std is not None:
+        meaning = Meaning("continuous", None, (head.width,), STOCHASTIC)
+    served = [observation, head, *([log_std] if log_std else [])]
     return Profile(
         convention=convention,
         input=observation.name,
-        output=output.name,
-        head=head,
-        shape=shape,
-        dtype=FLOATS[observation.elem],
-        n=n,
-        one_by_one=1 in ((observation.dims or ())[:1] + (output.dims or ())[:1]),
-        note=note,
+        output=head.name,
+        meaning=meaning,
+        width=head.width,
+        shape=_shape(observation, unbatched),
+        dtype=DTYPES[observation.elem],
+        log_std=log_std.name if log_std else None,
+        mask=mask,
+        memory=memory,
+        one_by_one=unbatched or any((each.dims or ())[:1] == (1,) for each in served),
+        unbatched=unbatched,
+        lone=meaning.kind in ("continuous", None) and len(head.dims or (1, 1)) == 1 and log_std is None,
     )
 
 
-def settle(profile: Profile, n: int | None, head: HeadKind | None) -> Profile:
-    """Complete a profile by what the caller knows. Raises BundleError where that contradicts the file or is missing."""
-    if head is not None and (head == "action") != (profile.head == "action"):
-        raise BundleError(f"the network answers as head {profile.head}, not {head}", "head", "profile")
-    if n is None and profile.n is None:
-        detail = "the file does not say how many actions there are; name them (--actions left,right or --actions 2)"
-        raise BundleError(detail, "action.n", "profile")
-    if n is not None and profile.n is not None and n != profile.n:
-        raise BundleError(f"the network has {profile.n} actions, {n} were named", "action.n", "profile")
-    return replace(profile, n=profile.n if n is None else n, head=head or profile.head)
-
-
-def propose(
-    profile: Profile,
-    *,
-    policy: str,
-    version: str,
-    sha256: str,
-    actions: Sequence[str] = (),
-    features: Sequence[Mapping[str, Any]] = (),
-    fallback: int | str = "none",
-    epsilon: float = 0.0,
-) -> dict[str, Any]:
-    """Write the manifest of a settled profile, as `policy.yaml` holds it."""
-    observation: dict[str, Any] = {"shape": list(profile.shape), "dtype": profile.dtype}
-    action: dict[str, Any] = {"kind": "discrete", "n": profile.n}
-    if features:
-        observation["features"] = [dict(feature) for feature in features]
-    if actions:
-        action["names"] = list(actions)
-    return {
-        "schema": 1,
-        "policy": policy,
-        "version": version,
-        "observation": observation,
-        "action": action,
-        "head": profile.head,
-        "model": {"file": "model.onnx", "sha256": sha256, "input": profile.input, "output": profile.output},
-        "exploration": {"epsilon": epsilon},
-        "fallback": fallback,
-        "training": {"exported_as": profile.convention},
-    }
-
-
-def trim(proto: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
-    """Leave one input and one output, and the nodes between. RLlib's files carry states that they never read."""
-    trimmed = onnx.ModelProto()
-    trimmed.CopyFrom(proto)
-    graph = trimmed.graph
-    needed, nodes = _behind(graph, profile.output)
-    kept = [node for node in graph.node if node in nodes]
-    inputs = [value for value in graph.input if value.name == profile.input or value.name in needed]
-    outputs = [value for value in graph.output if value.name == profile.output]
-    for held, values in ((graph.node, kept), (graph.input, inputs), (graph.output, outputs)):
-        del held[:]
-        held.extend(values)
-    return trimmed
-
-
-def _refuse(detail: str, field: str = "model.onnx") -> BundleError:
+def refuse(detail: str, field: str = "model.onnx") -> BundleError:
     return BundleError(detail, field, "profile")
 
 
-def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
-    """Give the graph with the shapes that can be computed; as it is where they cannot."""
-    try:
-        return onnx.shape_inference.infer_shapes(proto).graph
-    except Exception:  # C++ raises InferenceError, and others on graphs that ONNX Runtime will refuse by name
-        return proto.graph
-
-
-def _tensor(value: onnx.ValueInfoProto) -> Tensor:
-    found = value.type.tensor_type
-    if not found.HasField("shape"):
-        return Tensor(value.name, found.elem_type, None)
-    dims = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in found.shape.dim)
-    return Tensor(value.name, found.elem_type, dims)
-
-
-def _convention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Convention:
-    names, answers = {tensor.name for tensor in inputs}, {tensor.name for tensor in outputs}
+def _convention(reading: Reading) -> Convention:
+    names, answers = {each.name for each in reading.inputs}, {each.name for each in reading.outputs}
+    if {"return_to_go", "timestep"} & names:
+        raise refuse("a decision transformer reads a window of its episode, which is not kept here", "model.input")
+    if "version_number" in answers or ML_AGENTS & answers:
+        return "ml_agents"
     if {"obs", "state_ins"} <= names and "output" in answers:
         return "rllib"
+    if "obs" in names and "actions" in answers:
+        return "rsl_rl"
     if "input_0" in names and answers == {"output_0"}:
         return "d3rlpy"
-    if names == {"input"} and len(outputs) == 3:
+    if names != {"input"}:
+        return "torch"
+    if len(reading.outputs) == 3 and _has_part(reading, "action_net"):
         return "sb3_actor_critic"
-    if len(outputs) > 1:
-        listed = ", ".join(tensor.name for tensor in outputs)
-        raise _refuse(f"the network has several outputs ({listed}) and follows no known convention", "model.output")
-    return "sb3" if names == {"input"} else "torch"
+    return (
+        "sb3" if len(reading.outputs) == 1 and (_has_part(reading, "q_net") or _has_part(reading, "actor")) else "torch"
+    )
 
 
-def _observation(graph: onnx.GraphProto, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
-    """Find the one input that the output depends on."""
-    needed, _ = _behind(graph, output.name)
-    read = [tensor for tensor in inputs if tensor.name in needed]
-    if any(tensor.name.startswith(("state_ins", "h_in", "c_in", "recurrent_in")) for tensor in read):
-        raise _refuse("recurrent policies are not served yet: the network reads a state of its own", "model.input")
-    if len(read) != 1:
-        listed = ", ".join(tensor.name for tensor in read) or "none"
-        raise _refuse(f"a network must read exactly one observation; this one reads {listed}", "model.input")
-    return read[0]
+def _has_part(reading: Reading, part: str) -> bool:
+    """Whether weights belong to a module of that name: many call their input `input`, few hold an `action_net`."""
+    return any(part in name.split(".") for name in reading.weights)
 
 
-def _shape(observation: Tensor) -> tuple[int, ...]:
-    if observation.elem not in FLOATS:
-        raise _refuse("the observation must be float32 or float64", "observation.dtype")
-    shape = tuple(dim for dim in (observation.dims or ())[1:] if dim is not None)
-    if not shape or len(shape) + 1 != len(observation.dims or ()):
-        detail = f"the observation must have the shape [batch, sizes…], the file says {observation.dims}"
-        raise _refuse(detail, "observation.shape")
-    return shape
+def _heads(reading: Reading, convention: Convention) -> tuple[Tensor, Tensor | None]:
+    """Find the output that says the action, and the one that says its log deviation, if there is one."""
+    if convention == "ml_agents":
+        return _ml_agents(reading), None
+    named = {"rllib": "output", "rsl_rl": "actions"}.get(convention)
+    if named is not None:
+        return next(each for each in reading.outputs if each.name == named), None
+    if convention == "sb3_actor_critic":
+        return reading.outputs[0], None  # by position: actions, values, log_prob
+    memories = {twin.name for each in reading.inputs if (twin := _twin(reading, each)) is not None}
+    answers = [each for each in reading.outputs if each.name not in memories]
+    if len(answers) == 2 and LOG_STD.search(answers[1].name):
+        return answers[0], answers[1]
+    if len(answers) != 1:
+        listed = ", ".join(each.name for each in answers)
+        raise refuse(f"the network has several outputs ({listed}) and follows no known convention", "model.output")
+    return answers[0], None
 
 
-def _head(graph: onnx.GraphProto, convention: Convention, output: Tensor) -> tuple[HeadKind, int | None, str]:
-    """Say what an output means, how many actions it tells of, and what the caller ought to know."""
-    width = output.dims[1] if output.dims and len(output.dims) == 2 else None
-    last = _last(graph, output.name)
-    if output.dims is not None and len(output.dims) > 2:
-        raise _refuse(f"the output has {len(output.dims)} axes, not [batch, actions]", "model.output")
-    if output.elem in INTEGERS:
-        if width not in (None, 1):
-            raise _refuse("multi-discrete actions are not served yet: several indices for each state", "model.output")
-        return "action", _choices(graph, last), "greedy: the file holds the action's index alone, no second-best"
-    if output.elem not in FLOATS:
-        raise _refuse("the output is neither a number nor an index", "model.output")
-    if last is not None and last.op_type in {"ArgMax"}:
-        return "action", _choices(graph, last), "greedy: the file holds the action's index alone, no second-best"
-    if convention in ("d3rlpy", "sb3_actor_critic") or (last is not None and last.op_type in BOUNDED):
-        raise _refuse("continuous actions are not served yet: the output is a number, not an index", "model.output")
-    if width is None or width < 2:
-        raise _refuse(f"the output {output.dims} is no row of actions, [batch, n]", "model.output")
-    return _scores(convention, output.name, last), width, _advice(convention, output.name, last)
+def _ml_agents(reading: Reading) -> Tensor:
+    """Find the one deterministic output. ML-Agents' other one is drawn inside the graph, with no probability told."""
+    kinds = sorted(ML_AGENTS & {each.name for each in reading.outputs})
+    found = [each for each in reading.outputs if each.name in {f"deterministic_{kind}" for kind in kinds}]
+    if len(kinds) != 1:
+        raise refuse("ML-Agents: discrete and continuous actions in one policy are not served", "model.output")
+    if not found:
+        detail = f"ML-Agents: the file draws its actions itself; export again with an output deterministic_{kinds[0]}"
+        raise refuse(detail, "model.output")
+    return found[0]
 
 
-def _scores(convention: Convention, name: str, last: onnx.NodeProto | None) -> HeadKind:
-    if last is not None and last.op_type == "Softmax":
-        return "probabilities"
-    if convention == "rllib" or "logit" in name.lower() or (last is not None and last.op_type == "LogSoftmax"):
-        return "logits"
-    return "q_values"
+def _read_inputs(reading: Reading, heads: Sequence[Tensor]) -> list[Tensor]:
+    """Find the inputs that an answer depends on, those included that only a memory's next value reads."""
+    needed, _ = reading.behind(each.name for each in heads)
+    read = [each for each in reading.inputs if each.name in needed]
+    twins = [twin.name for each in read if (twin := _twin(reading, each)) is not None]
+    needed, _ = reading.behind([*(each.name for each in heads), *twins])
+    return [each for each in reading.inputs if each.name in needed]
 
 
-def _advice(convention: Convention, name: str, last: onnx.NodeProto | None) -> str:
-    head = _scores(convention, name, last)
-    if head != "q_values":
-        return "stochastic: actions are drawn from the network's distribution"
-    if name.lower().startswith("q"):
-        return "greedy: the largest value wins"
-    return "read as values of which the largest wins; with `head: logits` actions are drawn from their softmax instead"
-
-
-def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    return {name: node for node in graph.node for name in node.output if name}
-
-
-def _last(graph: onnx.GraphProto, name: str) -> onnx.NodeProto | None:
-    """Find the operator that made an output, looking through those that only carry it on."""
-    producers = _producers(graph)
-    node = producers.get(name)
-    for _ in range(len(graph.node)):  # a bound: a hostile graph may run in a circle
-        if node is None or node.op_type not in CARRIERS:
-            break
-        node = producers.get(node.input[0]) if node.input else None
-    return node
-
-
-def _choices(graph: onnx.GraphProto, last: onnx.NodeProto | None) -> int | None:
-    """Say among how many an ArgMax chose."""
-    if last is None or last.op_type != "ArgMax" or not last.input:
+def _twin(reading: Reading, tensor: Tensor) -> Tensor | None:
+    """Find the output in which a memory comes back: h_out for h_in, state_outs for state_ins."""
+    name = re.sub(r"(^|_)in(s?)(?=_|$)", r"\1out\2", tensor.name)
+    if name == tensor.name:
         return None
-    known = {value.name: _tensor(value).dims for value in (*graph.value_info, *graph.input)}
-    dims = known.get(last.input[0])
-    return dims[-1] if dims else None
+    return next((each for each in reading.outputs if each.name == name), None)
 
 
-def _behind(graph: onnx.GraphProto, output: str) -> tuple[set[str], list[onnx.NodeProto]]:
-    """Give the names and nodes that an output depends on, those that inner graphs read included."""
-    producers, needed, nodes = _producers(graph), {output}, list[onnx.NodeProto]()
-    waiting = [output]
-    while waiting:
-        node = producers.get(waiting.pop())
-        if node is None or any(node is known for known in nodes):
-            continue
-        nodes.append(node)
-        fresh = [name for name in _reads(node) if name and name not in needed]
-        needed.update(fresh)
-        waiting += fresh
-    return needed, nodes
+def _only(observations: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
+    if len(observations) != 1:
+        listed = ", ".join(each.name for each in observations) or "none"
+        detail = f"a network must read exactly one observation; this one reads {listed}"
+        hidden = [each.name for each in observations if re.search(r"state|recurrent|hidden|^[hc](_|\d|$)", each.name)]
+        if hidden and not memory:
+            detail += f"; a memory needs an output of its own: h_out for an input h_in (here {hidden[0]})"
+        raise refuse(detail, "model.input")
+    if observations[0].elem not in FLOAT_TYPES:
+        detail = "the observation must be float32 or float64: export a network that takes floats and casts them inside"
+        raise refuse(detail, "observation.dtype")
+    return observations[0]
 
 
-def _reads(node: onnx.NodeProto) -> list[str]:
-    inner = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    inner += [graph for attribute in node.attribute for graph in attribute.graphs]
-    return [*node.input, *(name for graph in inner for each in graph.node for name in _reads(each))]
+def _unbatched(observation: Tensor, head: Tensor) -> bool:
+    """Whether the network takes one observation without a batch axis: [features] to [actions] or to one number."""
+    dims = observation.dims
+    return dims is not None and len(dims) == 1 and dims[0] is not None and len(head.dims or ()) <= 1
+
+
+def _shape(observation: Tensor, unbatched: bool) -> tuple[int, ...] | None:
+    dims = observation.dims or ()
+    sizes = dims if unbatched else dims[1:]
+    known = tuple(size for size in sizes if size is not None)
+    return known if known and len(known) == len(sizes) else None
+
+
+def _memory(taken: Tensor, given: Tensor) -> Memory:
+    """Say which axis of a memory is the batch: the open one; else torch's, [layers, batch, hidden]; else the first."""
+    dims = taken.dims or ()
+    open_axes = [axis for axis, size in enumerate(dims) if size is None]
+    if len(open_axes) > 1 or not dims:
+        raise refuse(f"the sizes of {taken.name} are not fixed; export with fixed sizes but for the batch", "recurrent")
+    axis = open_axes[0] if open_axes else (1 if len(dims) == 3 and dims[1] == 1 else 0)
+    shape = tuple(size for at, size in enumerate(dims) if at != axis and size is not None)
+    return Memory(taken.name, given.name, shape, axis)
+
+
+def _meaning(reading: Reading, convention: Convention, head: Tensor) -> Meaning:
+    """Say what an output means, and what the caller ought to know."""
+    if head.dims is not None and len(head.dims) > 2:
+        raise refuse(f"the output has {len(head.dims)} axes, not [batch, actions]", "model.output")
+    if head.elem not in INDEX_TYPES:
+        raise refuse("the output is neither a number nor an index", "model.output")
+    last = reading.last_operator(head.name)
+    if head.elem in INTEGERS or last == "ArgMax":
+        return _index(reading, head)
+    if last == "Round":
+        detail = "MultiBinary actions come rounded from this network; export the .zip of Stable-Baselines3 instead"
+        raise refuse(detail, "model.output")
+    if convention == "ml_agents" and head.name == "deterministic_discrete_actions":
+        return replace(_index(reading, head), sizes=(None,) * (head.width or 1))
+    if convention in ("d3rlpy", "sb3_actor_critic", "rsl_rl", "ml_agents"):
+        return Meaning("continuous", "action", (head.width,), CERTAIN)
+    return _scores(convention, head, last)
+
+
+def _index(reading: Reading, head: Tensor) -> Meaning:
+    sizes = reading.choices(head.name)
+    factors = head.width or 1
+    if len(sizes) != factors:
+        sizes = (None,) * factors
+    return Meaning("discrete" if factors == 1 else "multi_discrete", "action", sizes, GREEDY)
+
+
+def _scores(convention: Convention, head: Tensor, last: str) -> Meaning:
+    """Read floats by their name and by the operator that made them."""
+    name, sizes = head.name.lower(), (head.width,)
+    if last == "Softmax" or "prob" in name:
+        return Meaning("discrete", "probabilities", sizes, STOCHASTIC)
+    if last == "LogSoftmax" or "logit" in name:
+        return Meaning("discrete", "logits", sizes, STOCHASTIC)
+    if re.match(r"q(_|\d|$|val)", name):
+        return Meaning("discrete", "q_values", sizes, "greedy: the largest value wins")
+    if last in BOUNDED or re.match(r"(deterministic_)?action|mu$|mean", name):
+        sb3 = convention == "sb3" and last == "Tanh"  # SB3's documentation: unscale what SAC, TD3 and DDPG answer
+        return Meaning("continuous", "action", sizes, CERTAIN, tanh=last == "Tanh", normalised=sb3)
+    return Meaning(None, None, sizes, "the file does not say what its numbers mean")

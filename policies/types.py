@@ -20,7 +20,11 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
-HeadKind = Literal["q_values", "logits", "probabilities", "action"]
+HeadKind = Literal["q_values", "logits", "probabilities", "action", "gaussian", "squashed_gaussian"]
+ActionKind = Literal["discrete", "multi_discrete", "continuous"]
+PropensityKind = Literal["mass", "density", "mixed"]
+TransformKind = Literal["none", "unscale"]
+WireAction = int | list[int | float]  # an index, one index for each factor, or the coordinates of a point
 Role = Literal["champion", "challenger", "baseline", "shadow"]
 
 
@@ -105,59 +109,179 @@ class ObservationSpec:
 
 
 @dataclass(frozen=True)
-class ActionSpec:
-    """A discrete action space: indices 0 to n - 1, each with a name."""
+class Choices:
+    """A space of choices: one for `discrete`, one for each factor for `multi_discrete`.
 
-    n: int
-    names: tuple[str, ...]
-    kind: Literal["discrete"] = "discrete"
+    An action is a tuple of indices, one for each factor. Arrays over the space have N = sum(nvec) columns, the factors
+    side by side.
+    """
+
+    names: tuple[tuple[str, ...], ...]  # of the choices of each factor
+    factors: tuple[str, ...] = ()  # names of the factors; none for `discrete`
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= 65_536:
-            raise BundleError(f"n must be 1 to 65536, got {self.n}", "action.n")
-        if len(self.names) != self.n or len(set(self.names)) != self.n:
-            raise BundleError(f"names must be {self.n} different strings", "action.names")
+        if not 1 <= self.size <= 65_536 or not all(self.names):
+            raise BundleError(f"there must be 1 to 65536 choices in all, got {list(self.nvec)}", "action.n")
+        if any(len(set(names)) != len(names) for names in self.names):
+            raise BundleError("the names of one factor must differ", "action.names")
+        if self.factors and len(set(self.factors)) != len(self.names):
+            raise BundleError(f"{len(self.names)} factors need as many different names", "action.factors")
+
+    @property
+    def kind(self) -> ActionKind:
+        return "multi_discrete" if self.factors else "discrete"
 
     @cached_property
-    def index_of(self) -> Mapping[str, int]:
-        return {name: index for index, name in enumerate(self.names)}
+    def nvec(self) -> tuple[int, ...]:
+        """How many choices each factor has."""
+        return tuple(len(names) for names in self.names)
 
-    def index(self, action: int | str, where: str = "action") -> int:
-        """Turn a name or an index into an index. Raises UnknownAction naming the field."""
-        if isinstance(action, str):
-            found = self.index_of.get(action)
+    @cached_property
+    def size(self) -> int:
+        """N, the width of a row of scores or of a mask."""
+        return sum(len(names) for names in self.names)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The column at which each factor begins."""
+        return tuple(sum(self.nvec[:index]) for index in range(len(self.nvec)))
+
+    @cached_property
+    def index_of(self) -> tuple[Mapping[str, int], ...]:
+        return tuple({name: index for index, name in enumerate(names)} for names in self.names)
+
+    def index(self, choice: object, where: str = "action", factor: int = 0) -> int:
+        """Turn a name or an index of one factor into an index. Raises UnknownAction naming the field."""
+        names = self.names[factor]
+        if isinstance(choice, str):
+            found = self.index_of[factor].get(choice)
             if found is None:
-                raise UnknownAction(f"there is no action {action!r}; known: {', '.join(self.names[:16])}", where)
+                raise UnknownAction(f"there is no action {choice!r}; known: {', '.join(names[:16])}", where)
             return found
-        if not 0 <= action < self.n:
-            raise UnknownAction(f"action {action} is not in 0..{self.n - 1}", where)
-        return int(action)
+        if not isinstance(choice, int) or not 0 <= choice < len(names):
+            raise UnknownAction(f"action {choice} is not in 0..{len(names) - 1}", where)
+        return int(choice)
 
-    def validate(self, action: int) -> bool:
-        """Whether `action` is an index of this space."""
-        return 0 <= action < self.n
+    def parse(self, action: object, where: str = "action") -> tuple[int, ...]:
+        """Read an action as callers write it: an index or a name, or a list with one for each factor.
+
+        Raises UnknownAction naming the field.
+        """
+        if not self.factors:
+            if isinstance(action, list):
+                raise UnknownAction("the action is one index or name", where)
+            return (self.index(action, where),)
+        if not isinstance(action, list) or len(action) != len(self.factors):
+            raise UnknownAction(f"the action is a list, one choice for each of {', '.join(self.factors)}", where)
+        return tuple(self.index(choice, f"{where}[{f}]", f) for f, choice in enumerate(action))
+
+    def label(self, action: Sequence[float]) -> str | list[str]:
+        """Name an action."""
+        named = [self.names[f][int(choice)] for f, choice in enumerate(action)]
+        return named if self.factors else named[0]
+
+    def wire(self, action: Sequence[float]) -> WireAction:
+        """Write an action as answers hold it: an index, or a list of them."""
+        return [int(choice) for choice in action] if self.factors else int(action[0])
+
+    def validate(self, action: Sequence[float]) -> bool:
+        """Whether `action` is an action of this space."""
+        return len(action) == len(self.names) and all(
+            choice == int(choice) and 0 <= choice < n for choice, n in zip(action, self.nvec, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Box:
+    """A continuous space: D coordinates between `low` and `high`, infinite where unbounded. An action is D numbers."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.low) <= 4_096 or len(self.low) != len(self.high):
+            raise BundleError("low and high must have one number for each coordinate, 1 to 4096", "action.low")
+        if not all(low <= high for low, high in zip(self.low, self.high, strict=True)):
+            raise BundleError("low must not be above high, nor NaN", "action.low")
+        if math.inf in self.low or -math.inf in self.high:
+            raise BundleError("a coordinate has no room", "action.low")
+        if self.names and (len(self.names) != self.size or len(set(self.names)) != self.size):
+            raise BundleError(f"names must be {self.size} different strings", "action.names")
+
+    @property
+    def kind(self) -> ActionKind:
+        return "continuous"
+
+    @property
+    def size(self) -> int:
+        """D, the number of coordinates."""
+        return len(self.low)
+
+    @cached_property
+    def bounds(self) -> tuple[Floats, Floats]:
+        """low and high, float64 [D] each."""
+        return np.array(self.low), np.array(self.high)
+
+    @property
+    def bounded(self) -> bool:
+        return all(map(math.isfinite, self.low + self.high))
+
+    def parse(self, action: object, where: str = "action") -> tuple[float, ...]:
+        """Read an action as callers write it: D finite numbers. Raises UnknownAction naming the field."""
+        if not isinstance(action, list) or len(action) != self.size:
+            raise UnknownAction(f"the action is a list of {self.size} numbers", where)
+        for d, value in enumerate(action):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise UnknownAction(f"{value!r} is not a finite number", f"{where}[{d}]")
+        return tuple(float(value) for value in action)
+
+    def label(self, action: Sequence[float]) -> None:
+        """Give None: points have no names."""
+
+    def wire(self, action: Sequence[float]) -> WireAction:
+        """Write an action as answers hold it."""
+        return [float(value) for value in action]
+
+    def validate(self, action: Sequence[float]) -> bool:
+        """Whether `action` is a point of this space."""
+        return len(action) == self.size and all(
+            low <= value <= high for low, value, high in zip(self.low, action, self.high, strict=True)
+        )
+
+
+ActionSpec = Choices | Box
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a version's network says about B states, before mask and exploration.
+    """What a version's network says about B states over choices, before mask and exploration.
 
-    scores: float64 [B, n]. With `greedy` they are values of which the largest wins, otherwise probabilities that sum
-    to one. faulty: bool [B], rows whose network output is not finite (or no distribution); their scores are zeros.
+    scores: float64 [B, N]. With `greedy` they are values of which the largest of each factor wins, otherwise
+    probabilities that sum to one in each factor; factors are independent. faulty: bool [B], rows whose network output
+    is not finite (or no distribution); their scores are zeros. nvec: the factors' sizes.
     """
 
     scores: Floats
     greedy: bool
     faulty: Bools
+    nvec: tuple[int, ...]
+    logits: Floats | None = None  # where `scores` are their softmax: masks apply before it, so that no mass is lost
 
     def distribution(self) -> Floats:
-        """The target distribution π, float64 [B, n]; zeros in faulty rows."""
+        """The target distribution π by factor, float64 [B, N]; zeros in faulty rows."""
         if not self.greedy:
             return self.scores
-        return _one_hot(np.argmax(self.scores, axis=1), self.scores.shape[1]) * ~self.faulty[:, None]
+        hot = np.zeros(self.scores.shape)
+        rows = np.arange(len(hot))
+        for part in columns(self.nvec):
+            hot[rows, part.start + np.argmax(self.scores[:, part], axis=1)] = 1.0
+        return hot * ~self.faulty[:, None]
 
 
-def _one_hot(actions: Ints, n: int) -> Floats:
-    hot = np.zeros((len(actions), n))
-    hot[np.arange(len(actions)), actions] = 1.0
-    return hot
+def columns(nvec: Sequence[int]) -> list[slice]:
+    """Say where each factor's columns lie in a row of N."""
+    if len(nvec) == 1:
+        return [slice(0, nvec[0])]
+    ends = np.cumsum(nvec).tolist()
+    return [slice(end - n, end) for end, n in zip(ends, nvec, strict=True)]

@@ -1,4 +1,4 @@
-"""Masks over discrete actions. Pure, total: every input gives a mask."""
+"""Masks over choices. Pure, total: every input gives a mask."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from policies.types import Bools
 
-Allowed = Sequence[int] | None  # indices a caller allows; None: all; empty: none
+Allowed = Sequence[int] | None  # columns a caller allows; None: all; empty: none
 
 
 def request_mask(allowed: Sequence[Allowed], n: int) -> Bools | None:
     """Mask by the callers' `allowed_actions`, bool [B, n], or None when no row names any.
 
-    Indices outside 0..n - 1 allow nothing: they are refused at the edge, and here they are merely harmless.
+    Columns outside 0..n - 1 allow nothing: they are refused at the edge, and here they are merely harmless.
     """
     if all(row is None for row in allowed):
         return None
@@ -22,5 +22,5 @@ def request_mask(allowed: Sequence[Allowed], n: int) -> Bools | None:
     for index, row in enumerate(allowed):
         if row is not None:
             mask[index] = False
-            mask[index, [action for action in row if 0 <= action < n]] = True
+            mask[index, [column for column in row if 0 <= column < n]] = True
     return mask

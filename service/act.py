@@ -11,32 +11,25 @@ Promise: every row is answered, whatever raises; an answer that says `logged` le
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 
 import numpy as np
 import structlog
 
-from policies.draw import draw, invert, uniforms
 from policies.errors import LedgerBroken, LedgerFull
-from policies.explore import behave, masked_mass
-from policies.heads import target
 from policies.route import Assignment, assign, unit_of
-from policies.types import Floats, Ints, Target
-from safety.chain import check, constrain
+from policies.types import Floats
 from service.clock import Clock
 from service.ids import RANDOM_BYTES, Keyring
+from service.inference import Inference
 from service.ledger import Ledger
 from service.metrics import Metrics
 from service.pins import Pins
-from service.plan import Group, Outcome, Plan, Row, Settled
+from service.plan import Group, Outcome, Plan, Row
 from service.record import Answers, answer, as_unlogged, last_resort
+from service.settle import settle
 from service.wire import ActResponse
-
-# Above this predicted duration a call leaves the event loop: a thread hop costs 30 to 60 µs itself.
-INLINE_S = 500e-6
 
 log = structlog.get_logger(__name__)
 
@@ -51,18 +44,18 @@ class Decider:
         keyring: Keyring,
         clock: Clock,
         metrics: Metrics,
-        device: Executor,
+        inference: Inference,
         random: Callable[[int], bytes] = os.urandom,
-        timeout_s: float = 1.0,
     ) -> None:
-        self.plan = plan
+        self.plan = plan  # replaced whole when versions come and go; a batch keeps the one it began with
+        self._policy = plan.policy
         self._ledger = ledger
         self._keyring = keyring
         self._clock = clock
         self._metrics = metrics
-        self._device = device
+        self._inference = inference
         self._random = random
-        self._timeout_s = timeout_s
+        self.memories = inference.memories
         self.pins = Pins()
 
     async def decide(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -73,16 +66,18 @@ class Decider:
         """Route the rows and run each version's network once."""
         groups = self._route(self.plan, rows)
         for group in groups:
-            await self._infer(group)
+            await self._inference.run(group)
         return groups
 
     async def settle(self, groups: list[Group]) -> list[Outcome]:
         """Constrain, explore, draw, check, record and answer."""
         try:
-            answers = self._answer([self._settle(group) for group in groups])
+            draw_key = self._keyring.signing.draw
+            settled = [settle(group, self._epsilon(group), draw_key) for group in groups]
+            answers = answer(settled, self._clock.event_ms(), self._keyring.signing.kid)
         except Exception:  # a bug: the promise of a safe answer holds all the same
-            log.exception("pipeline_failed", policy=self.plan.policy)
-            return self._count(last_resort(self.plan, groups))
+            log.exception("pipeline_failed", policy=self._policy)
+            return self._count(last_resort(groups))
         return await self._record(answers)
 
     def _route(self, plan: Plan, rows: Sequence[Row]) -> list[Group]:
@@ -97,6 +92,7 @@ class Decider:
         states = plan.observation.array([row.state for row in rows])
         return [
             Group(
+                plan,
                 plan.versions[label],
                 index,
                 [rows[i] for i in index],
@@ -104,6 +100,7 @@ class Decider:
                 [assignments[i] for i in index],
                 [switched[i] for i in index],
                 states if len(index) == len(rows) else states[index],
+                [False] * len(index),
             )
             for label, index in members.items()
         ]
@@ -119,81 +116,29 @@ class Decider:
         self.pins.put(row.episode, assignment)
         return assignment, pin is not None
 
-    async def _infer(self, group: Group) -> None:
-        engine, started = group.version.engine, self._clock.monotonic_s()
-        try:
-            if engine.device == "cpu" and engine.predicted_s(len(group.rows)) <= INLINE_S:
-                group.outputs = engine.run(group.states)
-            else:
-                loop = asyncio.get_running_loop()
-                async with asyncio.timeout(self._timeout_s):
-                    group.outputs = await loop.run_in_executor(self._device, engine.run, group.states)
-        except TimeoutError:
-            group.failure = "inference_timeout"
-        except Exception as error:
-            group.failure = "inference_failed"
-            log.error("inference_failed", policy=self.plan.policy, version=engine.bundle.version, error=str(error))
-        group.infer_s = self._clock.monotonic_s() - started
-        group.version.metrics.inference.observe(group.infer_s)
-
-    def _settle(self, group: Group) -> Settled:
-        bundle, rows = group.version.bundle, group.rows
-        n = bundle.action.n
-        outputs = group.outputs if group.outputs is not None else np.full((len(rows), n), np.nan)
-        wanted = target(outputs, bundle.head, bundle.temperature)
-        allowed = [row.allowed for row in rows]
-        constraint = constrain(allowed, n)
-        fallback = np.full(len(rows), bundle.fallback or 0, dtype=np.int64)
-        behaviour = behave(wanted, constraint.mask, self._epsilon(group), fallback)
-        u = uniforms(self._keyring.signing.draw, group.ids)
-        drawn = draw(behaviour, u)
-        passed = check(drawn.actions.tolist(), behaviour.fallback.tolist(), allowed, n)
-        return Settled(
-            group=group,
-            target=wanted,
-            constraint=constraint,
-            behaviour=behaviour,
-            proposed=propose(wanted, u),
-            masked_mass=masked_mass(wanted, constraint.mask),
-            actions=np.where(passed, drawn.actions, fallback),
-            explored=drawn.explored,
-            propensity=drawn.propensity,
-            passed=passed,
-        )
-
     def _epsilon(self, group: Group) -> Floats:
         """The exploration strength in force now: none where the caller forbids it, none when nothing is recorded."""
         strength = group.version.bundle.epsilon if self._ledger.accepting else 0.0
         return np.array([strength if row.explore else 0.0 for row in group.rows])
 
-    def _answer(self, settled: list[Settled]) -> Answers:
-        return answer(self.plan, settled, self._clock.event_ms(), self._keyring.signing.kid)
-
     async def _record(self, answers: Answers) -> list[Outcome]:
         try:
             if answers.count:
-                appended = self._ledger.append_nowait(self.plan.policy, answers.count, answers.blob, answers.at_ms)
+                appended = self._ledger.append_nowait(self._policy, answers.count, answers.blob, answers.at_ms)
                 await appended.committed
         except (LedgerFull, LedgerBroken) as error:
-            log.warning("decisions_not_logged", policy=self.plan.policy, count=answers.count, reason=error.code)
-            self._metrics.unlogged.labels(self.plan.policy).inc(answers.count)
+            log.warning("decisions_not_logged", policy=self._policy, count=answers.count, reason=error.code)
+            self._metrics.unlogged.labels(self._policy).inc(answers.count)
             return self._count(as_unlogged(answers.outcomes))
         return self._count(answers.outcomes)
 
     def _count(self, outcomes: list[Outcome]) -> list[Outcome]:
-        self._metrics.batch_rows.labels(self.plan.policy).observe(len(outcomes))
+        self._metrics.batch_rows.labels(self._policy).observe(len(outcomes))
         for outcome in outcomes:
             if isinstance(outcome, ActResponse):
-                self.plan.versions[outcome.version].metrics.count(outcome)
+                self._metrics.version(outcome.policy, outcome.version).count(outcome)
                 for rule in outcome.safety.rules:
                     self._metrics.overrides.labels(outcome.policy, rule).inc()
             else:
-                self._metrics.refusals.labels(self.plan.policy).inc()
+                self._metrics.refusals.labels(self._policy).inc()
         return outcomes
-
-
-def propose(wanted: Target, u: Floats) -> Ints:
-    """What the version would have done without a mask: the best action, or the same uniform through its own target."""
-    if wanted.greedy:
-        return np.asarray(wanted.scores.argmax(axis=1), dtype=np.int64)
-    return invert(wanted.scores, u[:, 1])

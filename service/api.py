@@ -1,4 +1,4 @@
-"""The routes that need no haste, on FastAPI: health, decisions, metrics, documents, and what is loaded.
+"""The routes that need no haste, on FastAPI: health, decisions, metrics, documents; `admin.py` adds its own.
 
 Duty: read-only views of a running worker. Errors of the tree become problem+json by one handler.
 """
@@ -6,23 +6,22 @@ Duty: read-only views of a running worker. Errors of the tree become problem+jso
 from __future__ import annotations
 
 import asyncio
-import hmac
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from policies.errors import InvalidField, StoreAway, SurefootError, Unauthorized
-from service import openapi
+from policies.errors import InvalidField, StoreAway, SurefootError
+from service import access, admin, openapi
+from service.access import Context, Worker
 from service.decision import decode_record, decode_reward_record
 from service.history import describe
-from service.plan import Plan
 from service.problems import CONTENT_TYPE, problem
 from service.redis_streams import StoredDecision
 from service.runtime import Runtime
@@ -32,41 +31,8 @@ SHIPPING_TRIES = 10
 SHIPPING_PAUSE_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What the routes are given: the running worker, once there is one, and the tokens."""
-
-    state: dict[str, Runtime]
-    client_token: str | None
-    admin_token: str
-
-
-def _runtime(request: Request) -> Runtime:
-    context: Context = request.app.state.context
-    return context.state["runtime"]
-
-
-def _client(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
-    context: Context = request.app.state.context
-    if context.client_token is not None:
-        _require(authorization, context.client_token, context.admin_token)
-
-
-def _admin(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
-    context: Context = request.app.state.context
-    _require(authorization, context.admin_token)
-
-
-def _require(authorization: str | None, *tokens: str) -> None:
-    given = (authorization or "").removeprefix("Bearer ").encode()
-    if not any(hmac.compare_digest(given, token.encode()) for token in tokens):
-        raise Unauthorized("send a valid token as `Authorization: Bearer …`")
-
-
-Worker = Annotated[Runtime, Depends(_runtime)]
 health = APIRouter(prefix="/health", tags=["health"])
-views = APIRouter(dependencies=[Depends(_client)])
-admin = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_admin)])
+views = APIRouter(dependencies=[Depends(access.client)])
 
 
 @health.get("/live", summary="Whether the process answers")
@@ -95,11 +61,6 @@ async def metrics(worker: Worker) -> Response:
     return Response(generate_latest(worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@admin.get("/policies", summary="What is loaded: policies, their versions, who decides")
-async def policies(worker: Worker) -> list[dict[str, Any]]:
-    return [_policy(served.coalescer.decider.plan) for served in worker.policies.values()]
-
-
 def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: str) -> FastAPI:
     """Build the application. `state["runtime"]` is there once the worker has started."""
     app = FastAPI(
@@ -109,7 +70,7 @@ def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: 
         redoc_url=None,
     )
     app.state.context = Context(state, client_token, admin_token)
-    for router in (health, views, admin):
+    for router in (health, views, admin.router):
         app.include_router(router)
     _handle_errors(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -149,26 +110,6 @@ def _join(stored: StoredDecision) -> dict[str, Any]:
         "reward": reward,
         "end": stored.end,
         "next_decision_id": stored.next_id,
-    }
-
-
-def _policy(plan: Plan) -> dict[str, Any]:
-    routes = plan.routes
-    return {
-        "policy": plan.policy,
-        "generation": plan.generation,
-        "champion": routes.champion,
-        "challenger": {"version": routes.challenger, "weight": routes.weight} if routes.challenger else None,
-        "versions": {
-            label: {
-                "digest": version.bundle.digest,
-                "device": version.engine.device,
-                "head": version.bundle.head,
-                "epsilon": version.bundle.epsilon,
-                "description": version.bundle.manifest.description,
-            }
-            for label, version in plan.versions.items()
-        },
     }
 
 

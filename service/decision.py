@@ -10,9 +10,12 @@ Promise: a reader of this schema version reads all later minor additions (new re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntFlag
 
 import msgspec
+
+from policies.types import PropensityKind, WireAction
 
 SCHEMA_VERSION = 1
 
@@ -35,9 +38,9 @@ class DecisionEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
     step: int  # -1 when the caller named none
     due_ms: int  # event time at which the reward window closes
     at_ms: int  # event time of the decision
-    action: int
+    action: str  # as `action_text` writes it
     state: bytes  # the observation, little-endian, dtype and shape in `record`
-    mask: bytes  # one byte per action, 1 allowed
+    mask: bytes  # one byte per choice, 1 allowed, factors side by side; or the box: float64 low and then high
     record: bytes  # msgpack of `Record`
     kind: str = "D"
 
@@ -51,7 +54,7 @@ class RewardEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
     at_ms: int  # event time at which it was accepted: late or not is judged by this
     until_ms: int  # how long it waits for a decision that has not been shipped yet
     flags: int
-    executed_action: int  # -1 when the caller named none
+    executed_action: str  # as `action_text` writes it; "" when the caller named none
     next_state: bytes  # b"" when the caller sent none
     reward: str  # repr of the float, so that no reader rounds it
     record: bytes  # msgpack of `RewardRecord`
@@ -61,8 +64,10 @@ class RewardEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """All that is known about one decision besides the head of its event.
 
-    `outputs`, `target` and `behaviour` are little-endian float64 arrays with one element per action, except that
-    `outputs` has the dtype that the network returned (`outputs_dtype`).
+    `outputs` is what the network returned for this state, in `outputs_dtype`. `target` and `behaviour` are
+    little-endian float64 arrays: over choices one element for each, factors side by side (each factor's marginal);
+    over a box `target` is the raw action's means and then deviations, and `behaviour` is empty: the box (`mask`),
+    `sigma` and ε say the rest.
     """
 
     policy: str
@@ -80,23 +85,33 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     behaviour: bytes  # what the action was drawn from
     epsilon: float  # in force for this row
     explored: bool
-    proposed: int  # what the version would have done without a mask
-    action_name: str
-    propensity: float | None
+    proposed: WireAction  # what the version would have done without rules
+    action_name: str | list[str] | None  # points have none
+    propensity: float | None  # null where it is no probability: then log_propensity is the number, or there is a reason
     key_id: int  # whose draw key made the draw
     temperature: float | None = None
-    propensity_kind: str = "mass"
+    propensity_kind: PropensityKind = "mass"
     propensity_reason: str | None = None
     overridden: bool = False
     rules: tuple[str, ...] = ()
     masked_mass: float = 0.0
     fallback: str | None = None  # the reason, when the fallback answered
-    fallback_action: int = -1  # what the fallback was, declared or not used
+    fallback_action: WireAction | None = None  # what the fallback was, used or not
     weight: float = 1.0  # routing weight at the pin
     switched: bool = False
     key: str | None = None
     context: dict[str, object] | None = None
     traceparent: str | None = None
+    action_kind: str = "discrete"
+    nvec: tuple[int, ...] = ()  # sizes of the factors, multi_discrete only
+    state_reset: bool = False  # a recurrent version's memory did not fit the step, and was started anew
+    log_propensity: float | None = None  # continuous only, as all that follows
+    transform: str = "none"  # raw action to executed one
+    bounds: bytes = b""  # the action space's own low and then high, float64
+    sigma: bytes = b""  # deviation of the exploring part, float64 [D]; empty: there was none
+    raw_action: bytes = b""  # the draw before squash and projection, float64 [D]
+    raw_log_prob: float | None = None  # its log-density under the part that drew it
+    at_bound: tuple[int, ...] = ()  # for each coordinate: -1 at the low end of the box, 1 at the high end, 0 between
     v: int = SCHEMA_VERSION
 
 
@@ -116,6 +131,16 @@ _reward_record = msgspec.msgpack.Decoder(RewardRecord)
 _events = msgspec.msgpack.Decoder(list[list[msgspec.Raw]])
 _text = msgspec.msgpack.Decoder(str)
 _scalar = msgspec.msgpack.Decoder(int | str)
+
+
+def action_text(action: Sequence[float]) -> str:
+    """Write an action so that equal ones have equal texts: "3", "1,0", "0.5,-0.25"; floats are not rounded."""
+    return ",".join(map(repr, action))
+
+
+def read_action(text: str) -> tuple[float, ...]:
+    """Read what `action_text` wrote: integers for choices, floats for points."""
+    return tuple(int(part) if part.lstrip("-").isdigit() else float(part) for part in text.split(","))
 
 
 def encode_events(events: list[Event]) -> bytes:

@@ -27,6 +27,7 @@ from policies.errors import (
     WrongMethod,
 )
 from policies.types import ActionSpec, ObservationSpec
+from service.allowed import read_allowed
 from service.body import JSON, Disconnected, Scope, header, read_body, respond
 from service.clock import Clock
 from service.coalesce import Coalescer
@@ -40,7 +41,6 @@ from service.tracing import Tracing
 from service.wire import (
     ActBatchRequest,
     ActBatchResponse,
-    Action,
     ActRequest,
     ActResponse,
     decode_act,
@@ -49,6 +49,8 @@ from service.wire import (
     decode_reward_batch,
     encode,
 )
+
+NEEDS_EPISODE = "this policy remembers what it saw, episode by episode: name the episode, and send its step"
 
 log = structlog.get_logger(__name__)
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -83,8 +85,7 @@ class HotRoutes:
         body_timeout_s: float,
         max_batch: int,
     ) -> None:
-        self._policies = policies
-        self._only = next(iter(policies.values())) if len(policies) == 1 else None
+        self._policies = policies  # policies come at run time, too
         self._rewards = rewards
         self._idempotency = idempotency
         self._metrics = metrics
@@ -158,9 +159,9 @@ class HotRoutes:
 
     def _find(self, name: str | None) -> Served:
         if name is None:
-            if self._only is None:
+            if len(self._policies) != 1:
                 raise MissingField(f"name one of: {', '.join(sorted(self._policies))}", "policy")
-            return self._only
+            return next(iter(self._policies.values()))
         found = self._policies.get(name)
         if found is None:
             raise UnknownPolicy(f"there is no policy {name!r}", "policy")
@@ -169,13 +170,15 @@ class HotRoutes:
     def _row(self, policy: Served, request: ActRequest, traceparent: str | None, arrived_s: float) -> Row:
         state = policy.states.read(request.state)
         _refuse_not_finite(policy, [state], ["state"])
+        if request.episode is None and policy.coalescer.decider.plan.recurrent:
+            raise MissingField(NEEDS_EPISODE, "episode")
         return Row(
             state=state,
             key=request.key,
             episode=request.episode,
             step=request.step,
             context=request.context,
-            allowed=_allowed(policy, request.allowed_actions, "allowed_actions"),
+            allowed=read_allowed(request.allowed_actions, policy.action, "allowed_actions"),
             explore=request.explore,
             include=request.include,
             traceparent=traceparent,
@@ -194,7 +197,10 @@ class HotRoutes:
             if isinstance(outcome, ActResponse):
                 took_s = self._clock.monotonic_s() - started_s
                 self._metrics.version(outcome.policy, outcome.version).duration.observe(took_s)
-        return 200, encode(_columns(policy.name, policy.coalescer.decider.plan.generation, outcomes)), ()
+        generations = [outcome.generation for outcome in outcomes if isinstance(outcome, ActResponse)]
+        # A batch cut in several may see two: the earlier is what all rows have at least.
+        generation = min(generations, default=policy.coalescer.decider.plan.generation)
+        return 200, encode(_columns(policy.name, generation, outcomes)), ()
 
     def _rows(self, policy: Served, request: ActBatchRequest, traceparent: str | None, arrived_s: float) -> list[Row]:
         count = len(request.states)
@@ -210,6 +216,8 @@ class HotRoutes:
         states = [policy.states.read(raw, name) for raw, name in zip(request.states, names, strict=True)]
         _refuse_not_finite(policy, states, names)
         empty = [None] * count
+        if policy.coalescer.decider.plan.recurrent and None in (columns["episodes"] or empty):
+            raise MissingField(NEEDS_EPISODE, f"episodes[{(columns['episodes'] or empty).index(None)}]")
         return [
             Row(
                 state=states[i],
@@ -217,7 +225,7 @@ class HotRoutes:
                 episode=(columns["episodes"] or empty)[i],
                 step=(columns["steps"] or empty)[i],
                 context=(columns["contexts"] or empty)[i],
-                allowed=_allowed(policy, (columns["allowed_actions"] or empty)[i], f"allowed_actions[{i}]"),
+                allowed=read_allowed((columns["allowed_actions"] or empty)[i], policy.action, f"allowed_actions[{i}]"),
                 explore=request.explore,
                 traceparent=traceparent,
                 arrived_s=arrived_s,
@@ -236,12 +244,6 @@ class HotRoutes:
         return 202, encode(response), ()
 
 
-def _allowed(policy: Served, actions: list[Action] | None, where: str) -> tuple[int, ...] | None:
-    if actions is None:
-        return None
-    return tuple(policy.action.index(action, f"{where}[{i}]") for i, action in enumerate(actions))
-
-
 def _refuse_not_finite(policy: Served, states: list[list[Any]], names: Sequence[str]) -> None:
     """Refuse what the observation's dtype cannot hold; JSON itself has no NaN, but 1e300 is infinite as float32."""
     array = policy.observation.array(states)
@@ -253,7 +255,7 @@ def _refuse_not_finite(policy: Served, states: list[list[Any]], names: Sequence[
 
 _COLUMNS = (
     "decision_id", "assigned_version", "version", "role", "action", "action_name", "propensity",
-    "propensity_reason", "explored", "fallback", "logged",
+    "propensity_reason", "explored", "fallback", "logged", "propensity_kind", "log_propensity", "state_reset",
 )  # fmt: skip
 
 

@@ -46,8 +46,8 @@ if now == 0 then
 end
 
 -- Open and check all events before the first write: what a failing script has written stays written.
-local DECISION = {'string', 'string', 'number', 'number', 'number', 'number', 'string', 'string', 'string', 'string'}
-local REWARD = {'string', 'string', 'string', 'number', 'number', 'number', 'number', 'string', 'string', 'string', 'string'}
+local DECISION = {'string', 'string', 'number', 'number', 'number', 'string', 'string', 'string', 'string', 'string'}
+local REWARD = {'string', 'string', 'string', 'number', 'number', 'number', 'string', 'string', 'string', 'string', 'string'}
 local events = {}
 for k = 14, #ARGV do
   for _, event in ipairs(unpack_one(ARGV[k])) do
@@ -198,7 +198,7 @@ local function finish(d, state, ending, r, nxt)
   forget(d, ending)
 end
 
-local function voided(d, r) return bit(r[5], NOT_EXECUTED) or (r[6] >= 0 and r[6] ~= d[5]) end
+local function voided(d, r) return bit(r[5], NOT_EXECUTED) or (r[6] ~= '' and r[6] ~= d[5]) end
 
 -- Close a decision that has its reward, if how it ends is known. `timed_out`: nothing more is waited for.
 local function settle(d, r, timed_out)

@@ -151,7 +151,7 @@ class Transition:
 
 def voids(decision: DecisionEvent, reward: RewardEvent) -> bool:
     """Whether the reward says that the decision's action was not what was done."""
-    other = reward.executed_action >= 0 and reward.executed_action != decision.action
+    other = reward.executed_action != "" and reward.executed_action != decision.action
     return bool(reward.flags & RewardFlags.NOT_EXECUTED) or other
 
 

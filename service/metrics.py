@@ -103,6 +103,11 @@ class Metrics:
         self.rejected = self._gauge("ledger_rejected_events", "Events that Redis refuses, set aside in rejected.db.")
         self.ship_failures = self._gauge("ship_failures", "Calls of the join that Redis did not answer.")
         self.store_up = self._gauge("store_up", "Whether Redis answered the last call (1) or not (0).")
+        self.loaded = self._gauge("loaded_versions", "Versions that are loaded and warm.", "policy")
+        self.load_failures = self._counter(
+            "version_load_failures", "Loads of a version that failed in this worker.", "policy"
+        )
+        self.control_age = self._gauge("control_age_seconds", "Since deployments were last read from Redis.")
         self.info = Gauge(
             "surefoot_policy_info", "Loaded versions.", ["policy", "version", "digest", "role"], registry=registry
         )
@@ -121,6 +126,17 @@ class Metrics:
         if known is None:
             known = self._versions[policy, version] = self._resolve(policy, version)
         return known
+
+    def forget(self, policy: str, version: str) -> None:
+        """Drop the series of a version that is not loaded any more, so that their number stays bounded."""
+        if self._versions.pop((policy, version), None) is None:
+            return
+        for role in get_args(Role):
+            self._decisions.remove(policy, version, role)
+        for reason in (*get_args(FallbackReason), INTERNAL):
+            self._fallbacks.remove(policy, version, reason)
+        for metric in (self._explored, self._duration, self._inference):
+            metric.remove(policy, version)
 
     def _resolve(self, policy: str, version: str) -> VersionMetrics:
         return VersionMetrics(

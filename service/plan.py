@@ -7,21 +7,25 @@ to the end, so one decision is made wholly by one version and one generation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from policies.bundle import PolicyBundle
+from policies.draw import Drawn
 from policies.errors import SurefootError
 from policies.explore import Behaviour
 from policies.route import Assignment, Routes
-from policies.types import ActionSpec, Ints, ObservationSpec, Target
-from safety.types import Constraint, FallbackReason
+from policies.types import ActionSpec, ObservationSpec, Target
+from safety.types import BoxConstraint, Constraint, FallbackReason
+from service.allowed import Columns, Ends
 from service.wire import ActResponse
 
 if TYPE_CHECKING:
+    # Continuous actions need scipy, which is loaded with the first version that has them.
+    from policies.continuous import DrawnPoints, Gaussian, PointBehaviour
     from policies.engine import Engine
     from service.metrics import VersionMetrics
 
@@ -37,7 +41,7 @@ class Row:
     episode: str | None = None
     step: int | None = None
     context: dict[str, object] | None = None
-    allowed: tuple[int, ...] | None = None
+    allowed: Columns | Ends | None = None
     explore: bool = True
     include: tuple[str, ...] = ()
     traceparent: str | None = None
@@ -63,12 +67,20 @@ class Plan:
     window_ms: int  # the reward window
     observation: ObservationSpec
     action: ActionSpec
+    recurrent: bool = field(init=False)  # a version that decides remembers episodes, so rows must name theirs
+
+    def __post_init__(self) -> None:
+        deciding = (self.routes.champion, self.routes.challenger)
+        loaded = [version for label, version in self.versions.items() if label in deciding]
+        recurrent = any(version.bundle.interface.recurrent for version in loaded)
+        object.__setattr__(self, "recurrent", recurrent)
 
 
 @dataclass(slots=True)
 class Group:
     """Rows of a batch that one version decides, in the order in which the pipeline fills its fields."""
 
+    plan: Plan
     version: LoadedVersion
     index: list[int]  # where each row stands in the batch
     rows: list[Row]
@@ -76,22 +88,22 @@ class Group:
     assignments: list[Assignment]
     switched: list[bool]
     states: npt.NDArray[np.floating]  # [B, *shape]
-    outputs: npt.NDArray[np.floating] | None = None  # [B, n], None: the network failed
+    state_reset: list[bool]  # a recurrent version started anew where the caller was in the middle
+    outputs: npt.NDArray[np.floating] | None = None  # [B, width], None: the network failed
     failure: FallbackReason | None = None  # how
     infer_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A group after the draw: everything that is recorded and answered. All arrays are [B] or [B, n]."""
+    """A group after the draw: everything that is recorded and answered. Arrays have a leading axis B."""
 
     group: Group
-    target: Target
-    constraint: Constraint
-    behaviour: Behaviour
-    proposed: Ints
+    target: Target | Gaussian
+    constraint: Constraint | BoxConstraint
+    behaviour: Behaviour | PointBehaviour
+    drawn: Drawn | DrawnPoints
+    proposed: npt.NDArray[np.generic]  # [B, F] or [B, D]
     masked_mass: npt.NDArray[np.float64]
-    actions: Ints
-    explored: npt.NDArray[np.bool_]
-    propensity: npt.NDArray[np.float64]
+    actions: npt.NDArray[np.generic]  # [B, F] or [B, D]: drawn, or the fallback where the check did not pass
     passed: npt.NDArray[np.bool_]  # the independent check

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from policies.errors import SurefootError
+from policies.errors import BundleError, SurefootError
 from service.wire import FieldError, Problem
 
 CONTENT_TYPE = "application/problem+json"
@@ -22,4 +22,5 @@ def problem(error: SurefootError, *, instance: str | None = None, row: int | Non
         instance=instance,
         errors=[FieldError(error.field, error.detail)] if error.field else [],
         row=row,
+        check=error.check if isinstance(error, BundleError) else None,
     )

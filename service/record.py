@@ -6,18 +6,27 @@ It knows nothing of the ledger, HTTP or time (`at_ms` is given).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from policies.bundle import PolicyBundle
+from policies.draw import Drawn
 from policies.errors import NoSafeAction
+from policies.explore import Behaviour
+from policies.types import Box, Choices, columns
 from safety.fallback import reason
-from service.decision import DecisionEvent, Event, Record, encode_events, encode_record
-from service.plan import Group, Outcome, Plan, Settled
-from service.wire import INTERNAL, ActResponse, Exploration, Safety
+from safety.types import FallbackReason
+from service.decision import DecisionEvent, Event, Record, action_text, encode_events, encode_record
+from service.plan import Group, Outcome, Settled
+from service.wire import INTERNAL, ActResponse, Exploration, PointDistribution, Safety
+
+if TYPE_CHECKING:
+    from policies.continuous import DrawnPoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +39,12 @@ class Answers:
     at_ms: int
 
 
-def answer(plan: Plan, settled: list[Settled], at_ms: int, kid: int) -> Answers:
+def answer(settled: list[Settled], at_ms: int, kid: int) -> Answers:
     """Build outcomes and events. Rows that may not be answered (`fallback: none`) are refused and not recorded."""
     placed: dict[int, Outcome] = {}
     events: list[Event] = []
     for part in settled:
-        rows = _Rows(plan, part, at_ms, kid)
+        rows = _Rows(part, at_ms, kid)
         for i, index in enumerate(part.group.index):
             if rows.refused(i):
                 placed[index] = NoSafeAction("no action is allowed for this state")
@@ -55,16 +64,16 @@ def as_unlogged(outcomes: list[Outcome]) -> list[Outcome]:
     ]
 
 
-def last_resort(plan: Plan, groups: list[Group]) -> list[Outcome]:
+def last_resort(groups: list[Group]) -> list[Outcome]:
     """Answer with the declared fallback when the pipeline itself has failed; nothing is known, nothing is recorded."""
     placed: dict[int, Outcome] = {}
     for group in groups:
-        fallback = group.version.bundle.fallback
+        plan, bundle = group.plan, group.version.bundle
         for index, decision_id, assigned in zip(group.index, group.ids, group.assignments, strict=True):
-            if fallback is None:
+            if bundle.fallback is None:
                 placed[index] = NoSafeAction("the decision failed and the policy declares no fallback")
                 continue
-            name = plan.action.names[fallback]
+            action, name = bundle.action.wire(bundle.fallback), bundle.action.label(bundle.fallback)
             placed[index] = ActResponse(
                 decision_id=decision_id,
                 policy=plan.policy,
@@ -72,13 +81,13 @@ def last_resort(plan: Plan, groups: list[Group]) -> list[Outcome]:
                 version=assigned.version,
                 role=assigned.role,
                 generation=plan.generation,
-                action=fallback,
+                action=action,
                 action_name=name,
                 propensity=None,
                 propensity_reason=INTERNAL,
                 explored=False,
                 exploration=Exploration(0.0),
-                safety=Safety(False, name, ()),
+                safety=Safety(False, cast(Any, action if name is None else name), ()),
                 fallback=INTERNAL,
                 logged=False,
             )
@@ -88,29 +97,33 @@ def last_resort(plan: Plan, groups: list[Group]) -> list[Outcome]:
 class _Rows:
     """Row-wise access to a settled group, with every array turned to Python values or bytes once."""
 
-    def __init__(self, plan: Plan, settled: Settled, at_ms: int, kid: int) -> None:
-        self._plan = plan
+    def __init__(self, settled: Settled, at_ms: int, kid: int) -> None:
         self._settled = settled
         self._group = settled.group
+        self._plan = settled.group.plan
         self._bundle = settled.group.version.bundle
+        self._space = self._bundle.action
         self._at_ms = at_ms
         self._kid = kid
         outputs = settled.group.outputs
-        behaviour = settled.behaviour
         self._states = _Slices(settled.group.states)
-        self._masks = _Slices(settled.constraint.mask)
+        self._masks = _Slices(settled.constraint.recorded())
         self._outputs = _Slices(outputs) if outputs is not None else None
         self._outputs_dtype = outputs.dtype.str if outputs is not None else "<f8"
         self._targets = _Slices(settled.target.distribution())
-        self._behaviours = _Slices(behaviour.probabilities)
+        self._behaviours = _Slices(settled.behaviour.probabilities)
         self._actions = settled.actions.tolist()
-        self._propensity = settled.propensity.tolist()
-        self._explored = settled.explored.tolist()
-        self._epsilon = behaviour.epsilon.tolist()
-        self._fallen = behaviour.fallback.tolist()
+        self._propensity = settled.drawn.propensity.tolist()
+        self._explored = settled.drawn.explored.tolist()
+        self._epsilon = settled.behaviour.epsilon.tolist()
+        self._fallen = settled.behaviour.fallback.tolist()
         self._passed = settled.passed.tolist()
         self._proposed = settled.proposed.tolist()
         self._masked = settled.masked_mass.tolist()
+        declared = self._bundle.fallback
+        self._fallback_action = None if declared is None else self._space.wire(declared)
+        self._nvec = self._space.nvec if isinstance(self._space, Choices) and self._space.factors else ()
+        self._points = None if isinstance(settled.drawn, Drawn) else _Points(settled.drawn, self._bundle)
 
     def refused(self, i: int) -> bool:
         return self._bundle.fallback is None and (self._fallen[i] or not self._passed[i])
@@ -118,7 +131,7 @@ class _Rows:
     def record(self, i: int) -> Record:
         group, row, assigned = self._group, self._group.rows[i], self._group.assignments[i]
         rules = self._settled.constraint.rules_against(i, self._proposed[i])
-        fallback = self._fallback(i)
+        passed = self._passed[i]
         return Record(
             policy=self._plan.policy,
             assigned_version=assigned.version,
@@ -135,22 +148,26 @@ class _Rows:
             behaviour=self._behaviours[i],
             epsilon=self._epsilon[i],
             explored=self._explored[i],
-            proposed=self._proposed[i],
-            action_name=self._plan.action.names[self._actions[i]],
-            propensity=self._propensity[i] if self._passed[i] else None,
+            proposed=self._space.wire(self._proposed[i]),
+            action_name=self._space.label(self._actions[i]),
+            propensity=known(self._propensity[i]) if passed else None,
             key_id=self._kid,
             temperature=self._bundle.temperature,
-            propensity_reason=None if self._passed[i] else "check_failed",
+            propensity_reason=None if passed else "check_failed",
             overridden=bool(rules),
             rules=rules,
             masked_mass=self._masked[i],
-            fallback=fallback,
-            fallback_action=-1 if self._bundle.fallback is None else self._bundle.fallback,
+            fallback=self._fallback(i),
+            fallback_action=self._fallback_action,
             weight=assigned.weight,
             switched=group.switched[i],
             key=row.key,
             context=row.context,
             traceparent=row.traceparent,
+            action_kind=self._space.kind,
+            nvec=self._nvec,
+            state_reset=group.state_reset[i],
+            **(self._points.of(i, passed) if self._points else {}),
         )
 
     def event(self, i: int, record: Record) -> DecisionEvent:
@@ -161,7 +178,7 @@ class _Rows:
             step=-1 if row.step is None else row.step,
             due_ms=self._at_ms + self._plan.window_ms,
             at_ms=self._at_ms,
-            action=self._actions[i],
+            action=action_text(self._actions[i]),
             state=self._states[i],
             mask=self._masks[i],
             record=encode_record(record),
@@ -169,6 +186,7 @@ class _Rows:
 
     def response(self, i: int, record: Record) -> ActResponse:
         include = self._group.rows[i].include
+        proposed = self._space.label(self._proposed[i])
         return ActResponse(
             decision_id=self._group.ids[i],
             policy=record.policy,
@@ -176,18 +194,23 @@ class _Rows:
             version=record.version,
             role=record.role,
             generation=record.generation,
-            action=self._actions[i],
+            action=self._space.wire(self._actions[i]),
             action_name=record.action_name,
             propensity=record.propensity,
             propensity_reason=record.propensity_reason,
             explored=record.explored,
             exploration=Exploration(record.epsilon),
-            safety=Safety(record.overridden, self._plan.action.names[record.proposed], record.rules),
+            safety=Safety(
+                record.overridden, cast(Any, record.proposed if proposed is None else proposed), record.rules
+            ),
             fallback=record.fallback,
             logged=True,
             switched=record.switched,
+            state_reset=record.state_reset,
+            propensity_kind=record.propensity_kind,
+            log_propensity=record.log_propensity,
             values=self._values(i) if "values" in include else None,
-            distribution=self._settled.behaviour.probabilities[i].tolist() if "distribution" in include else None,
+            distribution=_distribution(self._settled, i) if "distribution" in include else None,
         )
 
     def _values(self, i: int) -> list[float] | None:
@@ -196,7 +219,7 @@ class _Rows:
             return None
         return cast(list[float], cast(npt.NDArray[np.floating], self._group.outputs)[i].tolist())
 
-    def _fallback(self, i: int) -> str | None:
+    def _fallback(self, i: int) -> FallbackReason | None:
         if not self._passed[i]:
             return "check_failed"
         if not self._fallen[i]:
@@ -204,8 +227,56 @@ class _Rows:
         return reason(
             failure=self._group.failure,
             finite=not self._settled.target.faulty[i],
-            allowed=int(self._settled.constraint.mask[i].sum()),
+            nothing_left=self._settled.constraint.nothing_left(i),
         )
+
+
+class _Points:
+    """What is recorded of a drawn point besides what every decision has."""
+
+    def __init__(self, drawn: DrawnPoints, bundle: PolicyBundle) -> None:
+        space = cast(Box, bundle.action)
+        self._kinds = drawn.kinds
+        self._log_propensity = drawn.log_propensity.tolist()
+        self._raw = _Slices(drawn.raw)
+        self._raw_log_prob = drawn.raw_log_prob.tolist()
+        self._at_bound = drawn.at_bound.tolist()
+        self._bounds = np.concatenate(space.bounds).tobytes()
+        self._sigma = b"" if bundle.sigma is None else np.array(bundle.sigma).tobytes()
+        self._transform = "tanh" if bundle.head == "squashed_gaussian" else bundle.transform
+
+    def of(self, i: int, passed: bool) -> dict[str, Any]:
+        return {
+            "propensity_kind": self._kinds[i],
+            "log_propensity": known(self._log_propensity[i]) if passed else None,
+            "transform": self._transform,
+            "bounds": self._bounds,
+            "sigma": self._sigma,
+            "raw_action": self._raw[i],
+            "raw_log_prob": known(self._raw_log_prob[i]),
+            "at_bound": tuple(self._at_bound[i]),
+        }
+
+
+def known(number: float) -> float | None:
+    """A number that JSON can carry, or None."""
+    return number if math.isfinite(number) else None
+
+
+def _distribution(settled: Settled, i: int) -> list[float | list[float]] | PointDistribution:
+    """What row i was drawn from, as answers hold it."""
+    behaviour = settled.behaviour
+    if isinstance(behaviour, Behaviour):
+        row = behaviour.probabilities[i].tolist()
+        return row if len(behaviour.nvec) == 1 else [row[part] for part in columns(behaviour.nvec)]
+    return PointDistribution(
+        mean=behaviour.target.mean[i].tolist(),
+        std=behaviour.target.std[i].tolist(),
+        low=[known(end) for end in behaviour.low[i].tolist()],
+        high=[known(end) for end in behaviour.high[i].tolist()],
+        epsilon=float(behaviour.epsilon[i]),
+        sigma=None if behaviour.sigma is None else behaviour.sigma.tolist(),
+    )
 
 
 class _Slices:

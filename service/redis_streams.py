@@ -10,6 +10,9 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:{policy}:lost                                 lane -> events that are gone; trainers read it
     sf:{policy}:idem:<digest>                        Idempotency-Key: claim, then answer
     sf:keyring                                       the signing keys, made once
+    sf:policies                                      names of policies that were pushed or deployed at run time
+    sf:{policy}:versions  blob:<sha256>:<n>          what `redis_store.py` keeps: versions by label, files in pieces
+    sf:{policy}:control  gone:<label>                what `control.py` keeps: the deployment; labels being deleted
 
 Strategy: redis-py's async client retries ten times by default and would repeat a script whose reply was lost; here it
 never retries, times out soon, and the shipper decides.
@@ -43,6 +46,7 @@ PASSING = frozenset(
 # A claim without an answer: its worker died on the way. Far beyond any decision's duration.
 CLAIM_MS = 10_000
 KEYRING = "sf:keyring"
+POLICIES = "sf:policies"
 
 SCRIPT = (Path(__file__).parent / "join.lua").read_bytes()
 _SHA = sha1(SCRIPT, usedforsecurity=False).hexdigest()  # how Redis names scripts
@@ -109,7 +113,7 @@ class StoredDecision:
     step: int
     due_ms: int
     at_ms: int
-    action: int
+    action: str  # as `action_text` writes it
     state: bytes
     mask: bytes
     record: bytes
@@ -196,6 +200,10 @@ class RedisStreams:
         """Give up a claim whose request was refused."""
         await self._answer(self._client.delete(_idem(policy, key)))
 
+    async def command(self, *command: Any) -> Any:
+        """Run one command for `redis_store.py` or `control.py`. Raises StoreAway."""
+        return await self._answer(self._command(*command))
+
     async def aclose(self) -> None:
         await self._client.aclose()
 
@@ -263,7 +271,7 @@ def _stored(decision_id: str, fields: list[Any]) -> StoredDecision:
         step=int(step),
         due_ms=int(due),
         at_ms=int(at),
-        action=int(action),
+        action=action.decode(),
         state=observed,
         mask=mask,
         record=record,

@@ -8,8 +8,9 @@ from typing import Any
 
 from policies.errors import DecisionExpired, NotReady, UnknownDecision
 from policies.store import BUNDLED, read_directory
-from service.decision import decode_record
-from service.history import replay
+from service.control import Control
+from service.decision import action_text, decode_record
+from service.history import replay, wire_action
 from service.ids import Keyring, policy_digest
 from service.keys import obtain_keyring
 from service.redis_streams import JoinConfig, RedisStreams, connect
@@ -33,8 +34,9 @@ async def replay_decision(decision_id: str, settings: Settings) -> dict[str, Any
         keyring = await obtain_keyring(setting, streams, settings.data_dir)
         if keyring is None:
             raise NotReady("there are no signing keys: Redis is away, and no snapshot is kept")
-        policies = {policy_digest(each.name): each.name for each in read_directory(settings.policies or BUNDLED)}
-        return await _compare(decision_id, streams, keyring, policies)
+        names = {each.name for each in read_directory(settings.policies or BUNDLED)}
+        names |= (await Control(streams).read()).keys()
+        return await _compare(decision_id, streams, keyring, {policy_digest(name): name for name in names})
 
 
 async def _compare(
@@ -42,12 +44,24 @@ async def _compare(
 ) -> dict[str, Any]:
     policy = policies.get(keyring.verify(decision_id).policy)
     if policy is None:
-        raise UnknownDecision("this decision belongs to a policy that is not in SUREFOOT_POLICIES", "decision_id")
+        raise UnknownDecision(
+            "this decision belongs to a policy that is neither in SUREFOOT_POLICIES nor pushed", "decision_id"
+        )
     stored = await streams.read_decision(policy, decision_id)
     if stored is None:
         raise DecisionExpired("there is no record of this decision", "decision_id")
     record = decode_record(stored.record)
     again = replay(decision_id, stored.mask, record, keyring.draw_key(record.key_id))
-    recorded = {"action": stored.action, "explored": record.explored, "propensity": record.propensity}
-    replayed = {"action": again.action, "explored": again.explored, "propensity": again.propensity}
+    recorded = {
+        "action": wire_action(stored.action, record),
+        "explored": record.explored,
+        "propensity": record.propensity,
+        "log_propensity": record.log_propensity,
+    }
+    replayed = {
+        "action": wire_action(action_text(again.action), record),
+        "explored": again.explored,
+        "propensity": again.propensity,
+        "log_propensity": again.log_propensity,
+    }
     return {"decision_id": decision_id, "recorded": recorded, "replayed": replayed, "same": recorded == replayed}

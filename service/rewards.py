@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol, cast
@@ -22,7 +22,7 @@ import msgspec
 from policies.errors import DecisionExpired, InvalidField, NotFinite, RewardConflict, SurefootError, UnknownDecision
 from policies.types import ActionSpec, ObservationSpec
 from service.clock import Clock
-from service.decision import Event, RewardEvent, RewardFlags, RewardRecord, encode_events, encode_record
+from service.decision import Event, RewardEvent, RewardFlags, RewardRecord, action_text, encode_events, encode_record
 from service.ids import DecisionId, Keyring
 from service.ledger import Appended, Ledger
 from service.metrics import Metrics
@@ -47,6 +47,7 @@ class Rewarded:
     action: ActionSpec
     states: StateReader
     window_ms: int
+    ended: Callable[[str], None] = lambda decision_id: None  # told the last decision of an episode that has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +126,9 @@ class Rewards:
             raise NotFinite("the reward is not finite", "reward")
         if request.terminated and request.truncated:
             raise InvalidField("an episode ends either terminated or truncated", "truncated")
-        executed_action = -1
+        executed_action = ""
         if request.executed_action is not None:
-            executed_action = policy.action.index(request.executed_action, "executed_action")
+            executed_action = action_text(policy.action.parse(request.executed_action, "executed_action"))
         at_ms = self._clock.event_ms()
         event = RewardEvent(
             id=request.decision_id,
@@ -154,6 +155,8 @@ class Rewards:
             for part in recorded:
                 await part.appended.committed
             self._verdicts.kick()
+            for each in checked:
+                self._tell(each)
             waiting = [future for part in recorded for future in part.verdicts]
             await asyncio.wait(waiting, timeout=self._verdict_wait_s)
             for part in recorded:
@@ -164,6 +167,10 @@ class Rewards:
                 for future in part.verdicts:
                     future.cancel()
         return [responses[index] for index in range(len(checked))]
+
+    def _tell(self, checked: _Checked) -> None:
+        if checked.request.terminated or checked.request.truncated:
+            self._policies[checked.decision.policy].ended(checked.request.decision_id)
 
     def _append(self, policy: str, indices: list[int], checked: Sequence[_Checked]) -> _Recorded:
         events: list[Event] = [checked[index].event for index in indices]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,28 +17,29 @@ from dataclasses import dataclass, field
 import structlog
 from prometheus_client import CollectorRegistry
 
-from policies.deployment import Deployment
-from policies.engine import Engine
+from policies.bundle_cache import BundleCache
 from policies.errors import NotReady, StoreAway
-from policies.route import Routes
+from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
-from policies.types import Role
-from service.act import Decider
-from service.clock import Clock, SystemClock
-from service.coalesce import Coalescer
+from service.catalog import Catalog
+from service.changes import Changes
+from service.clock import SystemClock
+from service.control import Control, Snapshot
+from service.gate import Gate
 from service.hot import HotRoutes, Served
 from service.idempotency import Idempotency
-from service.ids import Keyring, policy_digest
+from service.ids import Keyring
 from service.keys import obtain_keyring
 from service.ledger import Ledger
+from service.loading import Loading
 from service.metrics import Metrics
-from service.plan import LoadedVersion, Plan
+from service.redis_store import RedisStore
 from service.redis_streams import JoinConfig, RedisStreams, StoreFacts, connect
-from service.rewards import Rewarded, Rewards
+from service.rewards import Rewards
+from service.serving import Serving
 from service.settings import Settings
 from service.shipper import Shipper
 from service.slots import take_slot
-from service.states import StateReader
 from service.tracing import Tracing
 
 log = structlog.get_logger(__name__)
@@ -59,6 +61,8 @@ class Runtime:
     policies: dict[str, Served]
     rewards: Rewards
     hot: HotRoutes
+    catalog: Catalog
+    changes: Changes
     draining: bool = False
     store: StoreFacts | None = None
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
@@ -90,6 +94,7 @@ class Runtime:
         self.metrics.corrupt_files.set(now.corrupt_files)
         self.metrics.rejected.set(now.rejected_events)
         self.metrics.ship_failures.set(self.shipper.statistics().failures)
+        self.metrics.control_age.set(math.inf if self.catalog.age_s is None else self.catalog.age_s)
 
 
 @contextlib.asynccontextmanager
@@ -98,12 +103,17 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
     async with contextlib.AsyncExitStack() as stack:
         clock = SystemClock()
         metrics = Metrics(registry)
-        stored = read_directory(settings.policies or BUNDLED)
-        streams = RedisStreams(connect(redis_url), _join_configs(stored, settings), metrics.count_join)
+        gate = Gate(settings.data_dir / "trials", settings.bundle_key)
+        seeds = read_seeds(settings, gate)
+        configs: dict[str, JoinConfig] = {}
+        unknown = JoinConfig()  # a policy that is no longer loaded, whose spool is still being shipped
+        streams = RedisStreams(connect(redis_url), lambda name: configs.get(name, unknown), metrics.count_join)
         stack.push_async_callback(streams.aclose)
         device = ThreadPoolExecutor(1, thread_name_prefix="inference")
         stack.callback(device.shutdown)
-        plans = {each.name: load_plan(each, settings, metrics) for each in stored}
+        store = RedisStore(streams) if settings.store is None else FolderStore(settings.store)
+        loading = Loading(store, BundleCache(settings.data_dir / "bundles"), gate, metrics, settings.device)
+        stack.callback(loading.close)
         keyring = await _wait_for_keyring(settings, streams)
         slot = take_slot(settings.data_dir) if settings.durability != "memory" else None
         ledger = Ledger(
@@ -118,71 +128,38 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         stack.push_async_callback(shipper.drain, settings.grace_s)
         tracing = Tracing.from_environment(settings.trace_sample)
         stack.callback(tracing.close)
-        policies = {}
-        for name, plan in plans.items():
-            shipper.register(name)
-            decider = Decider(plan, ledger, keyring, clock, metrics, device, timeout_s=settings.inference_timeout_s)
-            coalescer = Coalescer(decider, settings.max_batch)
-            stack.push_async_callback(coalescer.aclose)
-            policies[name] = Served(name, plan.observation, plan.action, StateReader(plan.observation), coalescer)
-        rewards = _rewards(plans, policies, ledger, shipper, keyring, clock, metrics, settings)
+        serving = Serving(settings, ledger, shipper, keyring, clock, metrics, device, configs)
+        stack.push_async_callback(serving.aclose)
+        catalog = Catalog(
+            seeds,
+            store,
+            Control(streams),
+            Snapshot(settings.data_dir),
+            loading,
+            serving.publish,
+            metrics,
+            clock,
+            settings.max_loaded,
+        )
+        await catalog.start()
+        rewards = _rewards(serving)
         idempotency = Idempotency(streams, settings.idempotency_ttl_s)
         stack.push_async_callback(idempotency.aclose)
-        hot = _hot_routes(policies, rewards, idempotency, metrics, tracing, clock, settings)
-        runtime = Runtime(settings, metrics, ledger, streams, shipper, keyring, policies, rewards, hot)
+        hot = _hot_routes(serving, rewards, idempotency, tracing)
+        changes = Changes(catalog, clock)
+        runtime = Runtime(
+            settings, metrics, ledger, streams, shipper, keyring, serving.policies, rewards, hot, catalog, changes
+        )
         async with _loops(runtime):
             await runtime.refresh_store()
             yield runtime
 
 
-def load_plan(stored: StoredPolicy, settings: Settings, metrics: Metrics) -> Plan:
-    """Load the versions that a policy's deployment names. Raises BundleError or ConfigError."""
-    deployment = stored.deployment
-    versions = {}
-    for label in sorted(deployment.versions):
-        engine = Engine(stored.bundles[label], settings.device)
-        versions[label] = LoadedVersion(engine.bundle, engine, metrics.version(stored.name, label))
-        metrics.info.labels(stored.name, label, engine.bundle.digest, _role(deployment, label)).set(1)
-        log.info("version_loaded", policy=stored.name, version=label, device=engine.device)
-    challenger = deployment.challengers[0] if deployment.challengers else None
-    champion = stored.bundles[deployment.champion]
-    return Plan(
-        policy=stored.name,
-        digest=policy_digest(stored.name),
-        generation=1,
-        routes=Routes(
-            salt=policy_digest(stored.name),
-            champion=deployment.champion,
-            challenger=challenger.version if challenger else None,
-            weight=challenger.weight if challenger else 0.0,
-            route_by=deployment.route_by,
-        ),
-        versions=versions,
-        window_ms=int(deployment.reward.window_s * 1000),
-        observation=champion.observation,
-        action=champion.action,
-    )
-
-
-def _role(deployment: Deployment, label: str) -> Role:
-    if label == deployment.champion:
-        return "champion"
-    return "baseline" if label == deployment.baseline else "challenger"
-
-
-def _join_configs(stored: list[StoredPolicy], settings: Settings) -> Callable[[str], JoinConfig]:
-    configs = {
-        each.name: JoinConfig(
-            max_lag_ms=int(settings.max_lag_s * 1000),
-            record_ttl_ms=int(settings.record_ttl_s * 1000),
-            # A successor's state must be there when its predecessor closes, however late its producer ships.
-            successor_ttl_ms=int(each.deployment.reward.window_s * 1000 + settings.max_lag_s * 1000 + 86_400_000),
-            default_reward=repr(each.deployment.reward.default),
-        )
-        for each in stored
-    }
-    fallback = JoinConfig()  # a policy that is no longer loaded, whose spool is still being shipped
-    return lambda policy: configs.get(policy, fallback)
+def read_seeds(settings: Settings, gate: Gate) -> list[StoredPolicy]:
+    """Read the directory of the start. What ships with the package is trusted as the program is: it is not tried."""
+    if settings.policies is None:
+        return read_directory(BUNDLED)
+    return read_directory(settings.policies, gate.check)
 
 
 async def _wait_for_keyring(settings: Settings, streams: RedisStreams) -> Keyring:
@@ -198,48 +175,28 @@ async def _wait_for_keyring(settings: Settings, streams: RedisStreams) -> Keyrin
         await asyncio.sleep(0.2)
 
 
-def _rewards(
-    plans: dict[str, Plan],
-    policies: dict[str, Served],
-    ledger: Ledger,
-    shipper: Shipper,
-    keyring: Keyring,
-    clock: Clock,
-    metrics: Metrics,
-    settings: Settings,
-) -> Rewards:
-    rewarded = {
-        plan.digest: Rewarded(name, plan.observation, plan.action, policies[name].states, plan.window_ms)
-        for name, plan in plans.items()
-    }
+def _rewards(serving: Serving) -> Rewards:
     return Rewards(
-        rewarded,
-        ledger,
-        shipper,
-        keyring,
-        clock,
-        metrics,
-        record_ttl_ms=int(settings.record_ttl_s * 1000),
-        verdict_wait_s=settings.verdict_wait_s,
+        serving.rewarded,
+        serving.ledger,
+        serving.shipper,
+        serving.keyring,
+        serving.clock,
+        serving.metrics,
+        record_ttl_ms=int(serving.settings.record_ttl_s * 1000),
+        verdict_wait_s=serving.settings.verdict_wait_s,
     )
 
 
-def _hot_routes(
-    policies: dict[str, Served],
-    rewards: Rewards,
-    idempotency: Idempotency,
-    metrics: Metrics,
-    tracing: Tracing,
-    clock: Clock,
-    settings: Settings,
-) -> HotRoutes:
+def _hot_routes(serving: Serving, rewards: Rewards, idempotency: Idempotency, tracing: Tracing) -> HotRoutes:
+    settings = serving.settings
     return HotRoutes(
-        policies,
+        serving.policies,
         rewards,
         idempotency,
-        metrics,
+        serving.metrics,
         tracing,
-        clock,
+        serving.clock,
         token=settings.client_token.get_secret_value() if settings.client_token else None,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
@@ -258,7 +215,7 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
 
     tasks = [
         asyncio.create_task(_supervise(runtime, name, loop), name=name)
-        for name, loop in (("shipper", runtime.shipper.run), ("probe", probe))
+        for name, loop in (("shipper", runtime.shipper.run), ("probe", probe), ("catalog", runtime.catalog.run))
     ]
     try:
         yield

@@ -36,6 +36,15 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(
         default=None, description="redis://, rediss:// or unix:// URL; unset: an embedded Valkey in the data directory."
     )
+    store: str | None = Field(
+        default=None,
+        description="Where pushed versions lie: an fsspec URL (file://, s3://, …) or a folder; unset: in Redis.",
+    )
+    # The promise of the design; a small network takes 1 MB, so 100 stay far below what one large one takes.
+    max_loaded: int = Field(100, ge=1, description="Most versions loaded at once; live ones are loaded regardless.")
+    bundle_key: Path | None = Field(
+        default=None, description="PEM public key; set, only bundles with a valid model.sig are loaded."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where networks run; cuda without a usable GPU is an error, never a silent CPU."
     )
@@ -61,6 +70,9 @@ class Settings(BaseSettings):
     body_timeout_s: Seconds = Field(5.0, description="A body that takes longer gets 408.")
     max_batch: int = Field(1024, ge=1, le=65536, description="Most rows in one inference call or batch request.")
 
+    # 100,000 episodes of an LSTM with 128 cells, before and after their last step.
+    recurrent_memory_bytes: Bytes = Field(256 << 20, description="What recurrent versions of a policy may remember.")
+    recurrent_ttl_s: Seconds = Field(3_600.0, description="An episode without a step for so long is forgotten.")
     inference_timeout_s: Seconds = Field(1.0, description="A network call that takes longer gets the fallback.")
 
     # 64 MiB is some 200,000 small decisions: half a minute of full speed on one core.
@@ -83,7 +95,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
-    @field_validator("data_dir", "policies")
+    @field_validator("data_dir", "policies", "bundle_key")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path else None

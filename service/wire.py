@@ -17,14 +17,27 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from policies.errors import BadJson, InvalidField, MissingField, NotFinite, RequestError, UnknownField
+from policies.types import PropensityKind, WireAction
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Step = Annotated[int, Meta(ge=0, le=2**53)]
-Action = int | str
+Choice = int | str
+Action = Choice | list[Choice | float]  # an index or name; one for each factor; the coordinates of a point
 ABSENT = (b"", b"null")  # a raw field that was left out, or is null
 
 INTERNAL = "internal_error"  # why nothing is known of a decision whose pipeline failed
 Context = dict[str, Any]
+
+
+class AllowedBox(Struct, forbid_unknown_fields=True, frozen=True):
+    """What a caller allows of a box; null and what is left out: no bound."""
+
+    low: list[float | None] | None = None
+    high: list[float | None] | None = None
+
+
+# Choices; for several factors one list for each, null: all of it; for points a box.
+Allowed = list[Choice | list[Choice] | None] | AllowedBox
 
 
 class ActRequest(Struct, forbid_unknown_fields=True, frozen=True):
@@ -36,7 +49,7 @@ class ActRequest(Struct, forbid_unknown_fields=True, frozen=True):
     episode: Name | None = None
     step: Step | None = None
     context: Context | None = None
-    allowed_actions: list[Action] | None = None
+    allowed_actions: Allowed | None = None
     explore: bool = True
     include: tuple[Literal["values", "distribution"], ...] = ()
 
@@ -50,7 +63,7 @@ class ActBatchRequest(Struct, forbid_unknown_fields=True, frozen=True):
     episodes: list[Name | None] | None = None
     steps: list[Step | None] | None = None
     contexts: list[Context | None] | None = None
-    allowed_actions: list[list[Action] | None] | None = None
+    allowed_actions: list[Allowed | None] | None = None
     explore: bool = True
 
 
@@ -61,8 +74,19 @@ class Exploration(Struct, frozen=True):
 
 class Safety(Struct, frozen=True):
     overridden: bool  # the mask changed what the version would have done
-    proposed: Action  # what it would have done
+    proposed: int | str | list[str | int | float]  # what it would have done
     rules: tuple[str, ...]  # which rules changed it
+
+
+class PointDistribution(Struct, frozen=True):
+    """What a point was drawn from: (1 - ε) · T(N(mean, std²)) + ε · N(centre, σ²), both projected onto the box."""
+
+    mean: list[float]  # of the raw action, before squash and projection
+    std: list[float]
+    low: list[float | None]
+    high: list[float | None]
+    epsilon: float
+    sigma: list[float] | None
 
 
 class ActResponse(Struct, frozen=True, omit_defaults=True):
@@ -74,8 +98,8 @@ class ActResponse(Struct, frozen=True, omit_defaults=True):
     version: str
     role: str
     generation: int
-    action: int
-    action_name: str
+    action: WireAction
+    action_name: str | list[str] | None
     propensity: float | None
     propensity_reason: str | None
     explored: bool
@@ -84,8 +108,11 @@ class ActResponse(Struct, frozen=True, omit_defaults=True):
     fallback: str | None
     logged: bool
     switched: bool = False
+    state_reset: bool = False  # a recurrent version's memory did not fit the step, and was started anew
+    propensity_kind: PropensityKind = "mass"  # otherwise `propensity` is null, and `log_propensity` the number
+    log_propensity: float | None = None  # continuous actions only
     values: list[float] | None = None
-    distribution: list[float] | None = None
+    distribution: list[float | list[float]] | PointDistribution | None = None
     idempotency: Literal["local"] | None = None
 
 
@@ -98,8 +125,8 @@ class ActBatchResponse(Struct, frozen=True):
     version: list[str | None]
     role: list[str | None]
     generation: int
-    action: list[int | None]
-    action_name: list[str | None]
+    action: list[WireAction | None]
+    action_name: list[str | list[str] | None]
     propensity: list[float | None]
     propensity_reason: list[str | None]
     explored: list[bool | None]
@@ -107,6 +134,9 @@ class ActBatchResponse(Struct, frozen=True):
     overridden: list[bool | None]
     fallback: list[str | None]
     logged: list[bool | None]
+    propensity_kind: list[PropensityKind | None]
+    log_propensity: list[float | None]
+    state_reset: list[bool | None]
     errors: list[Problem]
 
 
@@ -163,6 +193,7 @@ class Problem(Struct, frozen=True, omit_defaults=True):
     errors: list[FieldError] = []
     decision_id: str | None = None
     row: int | None = None
+    check: str | None = None  # which check refused a bundle
 
 
 _encoder = msgspec.json.Encoder()
@@ -220,6 +251,11 @@ def _not_finite(value: Any, path: str) -> Iterator[str]:
     elif isinstance(value, list):
         for index, element in enumerate(value):
             yield from _not_finite(element, f"{path}[{index}]")
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Decode a body that comes seldom. Raises what the hot routes' decoders raise, naming the field."""
+    return _decode(msgspec.json.Decoder(kind), body)
 
 
 def decode_act(body: bytes) -> ActRequest:

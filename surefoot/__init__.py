@@ -4,7 +4,7 @@
 Everything a user of the package needs is named in `__all__`; what is not may change.
 """
 
-from surefoot.answers import BatchDecisions, Decision, RewardReceipt
+from surefoot.answers import BatchDecisions, Decision, PointDistribution, RewardReceipt
 from surefoot.async_client import AsyncClient
 from surefoot.batch import Batch
 from surefoot.client import Client
@@ -32,6 +32,7 @@ from surefoot.errors import (
     Unreachable,
     Unreadable,
 )
+from surefoot.points import log_prob
 from surefoot.streams import transitions
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "MissingField",
     "NoSafeAction",
     "NotFinite",
+    "PointDistribution",
     "Refused",
     "RewardConflict",
     "RewardReceipt",
@@ -63,5 +65,6 @@ __all__ = [
     "UnknownPolicy",
     "Unreachable",
     "Unreadable",
+    "log_prob",
     "transitions",
 ]

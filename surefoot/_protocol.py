@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surefoot import answers
-from surefoot._values import number, plain
+from surefoot._values import allowed, allowed_by_row, number, plain
 from surefoot.answers import BatchDecisions, Decision, RewardReceipt
 from surefoot.backoff import Backoff
 from surefoot.errors import ApiError, KeyInUse, Unavailable, Unreachable
@@ -28,7 +28,11 @@ T = TypeVar("T")
 
 Whole = int | np.integer[Any]
 Number = float | Whole | np.floating[Any]
-Action = Whole | str
+Choice = Whole | str  # an index or a name
+Action = Choice | Sequence[Choice | Number] | npt.NDArray[Any]  # one choice; one for each factor; a point
+Ends = Sequence[Number | None] | npt.NDArray[Any]
+# Choices; one list for each factor, None: all of it; over a box {"low": …, "high": …}, None or infinite: open.
+Allowed = Sequence[Choice | Sequence[Choice] | None] | npt.NDArray[Any] | Mapping[str, Ends]
 Names = Sequence[str | None] | npt.NDArray[Any]
 Steps = Sequence[Whole | None] | npt.NDArray[Any]
 Include = Literal["values", "distribution"]
@@ -44,7 +48,7 @@ class ActOptions(TypedDict, total=False):
     episode: str | None  # what the transitions are linked by
     step: Whole | None  # number of the decision in its episode: the successor of t is t + 1 and nothing else
     context: Mapping[str, Any] | None  # for safety rules; recorded
-    allowed_actions: Sequence[Action] | None  # indices or names; None: all
+    allowed_actions: Allowed | None  # None: all
     explore: bool  # False: take the best allowed action
     include: Sequence[Include]  # what the answer shall hold besides
     idempotency_key: str | None  # a repeat with the same key and body gets the stored answer
@@ -58,7 +62,7 @@ class ActBatchOptions(TypedDict, total=False):
     episodes: Names | None
     steps: Steps | None
     contexts: Sequence[Mapping[str, Any] | None] | None
-    allowed_actions: Sequence[Sequence[Action] | None] | None
+    allowed_actions: Sequence[Allowed | None] | None
     explore: bool
 
 
@@ -71,7 +75,7 @@ class RewardOptions(TypedDict, total=False):
     terminated: bool  # the environment ended the episode
     truncated: bool  # a limit cut the episode
     executed: bool  # False: the action was not carried out, which voids the decision
-    executed_action: Action | None  # what was carried out instead
+    executed_action: Action | None  # what was carried out; another than the decision's voids it
     metrics: Mapping[str, float] | None  # recorded with the reward
 
 
@@ -173,7 +177,7 @@ def act(
     episode: str | None = None,
     step: Whole | None = None,
     context: Mapping[str, Any] | None = None,
-    allowed_actions: Sequence[Action] | None = None,
+    allowed_actions: Allowed | None = None,
     explore: bool = True,
     include: Sequence[Include] = (),
     idempotency_key: str | None = None,
@@ -185,7 +189,7 @@ def act(
         "episode": episode,
         "step": plain(step, "step"),
         "context": plain(context, "context"),
-        "allowed_actions": plain(allowed_actions, "allowed_actions"),
+        "allowed_actions": allowed(allowed_actions, "allowed_actions"),
         "explore": None if explore else False,
         "include": list(include) or None,
     }
@@ -201,7 +205,7 @@ def act_batch(
     episodes: Names | None = None,
     steps: Steps | None = None,
     contexts: Sequence[Mapping[str, Any] | None] | None = None,
-    allowed_actions: Sequence[Sequence[Action] | None] | None = None,
+    allowed_actions: Sequence[Allowed | None] | None = None,
     explore: bool = True,
 ) -> Call[BatchDecisions]:
     columns = {
@@ -209,12 +213,12 @@ def act_batch(
         "episodes": episodes,
         "steps": steps,
         "contexts": contexts,
-        "allowed_actions": allowed_actions,
     }
     body = {
         "states": plain(states, "states"),
         "policy": policy,
         **{name: plain(column, name) for name, column in columns.items()},
+        "allowed_actions": allowed_by_row(allowed_actions, "allowed_actions"),
         "explore": None if explore else False,
     }
     return Call("POST", "/v1/act/batch", answers.read_batch, _encode(body), repeatable=False)

@@ -38,6 +38,30 @@ def number(value: Any, path: str) -> float | int:
     return found
 
 
+def allowed(value: Any, path: str) -> Any:
+    """Give `allowed_actions` as plain values. An infinity that leaves an end of a box open becomes null."""
+    if not isinstance(value, Mapping):
+        return plain(value, path)
+    open_ends = {"low": -math.inf, "high": math.inf}
+    return {name: _ends(end, f"{path}.{name}", open_ends.get(name)) for name, end in value.items()}
+
+
+def allowed_by_row(column: Any, path: str) -> Any:
+    """Give a column of `allowed_actions`, one element for each state."""
+    if column is None:
+        return None
+    if isinstance(column, Mapping):
+        raise _refused("one element for each state is needed, not one for all", path)
+    return [allowed(each, f"{path}[{row}]") for row, each in enumerate(column)]
+
+
+def _ends(ends: Any, path: str, open_end: float | None) -> Any:
+    found = np.asarray(ends).tolist() if hasattr(ends, "__array__") else ends
+    if not isinstance(found, list | tuple):
+        return plain(found, path)
+    return [None if end == open_end else plain(end, f"{path}[{index}]") for index, end in enumerate(found)]
+
+
 def _from_array(array: np.ndarray[Any, Any], path: str) -> Any:
     if array.dtype.kind == "f":
         wrong = np.argwhere(~np.isfinite(array))

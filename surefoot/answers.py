@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +18,16 @@ from surefoot.errors import ApiError, FieldProblem, Unreadable, api_error
 
 T = TypeVar("T")
 Column = list[Any]
+PropensityKind = Literal["mass", "density", "mixed"]
+
+# What an action is depends on the policy, which no type checker knows: to it both are Any, or every caller would have
+# to convince it. They are checked when an answer is read.
+if TYPE_CHECKING:
+    Action = Any
+    ActionName = Any
+else:
+    Action = int | list[int | float]  # an index, one for each factor, or the coordinates of a point
+    ActionName = str | list[str] | None  # points have no names
 
 
 class Exploration(msgspec.Struct, frozen=True):
@@ -27,8 +37,22 @@ class Exploration(msgspec.Struct, frozen=True):
 
 class Safety(msgspec.Struct, frozen=True):
     overridden: bool = False  # a rule changed what the version would have done
-    proposed: int | str | None = None  # what it would have done
+    proposed: int | str | list[int | float | str] | None = None  # what it would have done: names where there are names
     rules: tuple[str, ...] = ()  # which rules changed it
+
+
+class PointDistribution(msgspec.Struct, frozen=True):
+    """What a point was drawn from: (1 - ε) · T(N(mean, std²)) + ε · N(centre, sigma²), both projected onto the box.
+
+    T is the policy's transform, and the centre is T(mean) within the box.
+    """
+
+    mean: tuple[float, ...]  # of the raw action, before transform and projection
+    std: tuple[float, ...]
+    low: tuple[float | None, ...]  # the box; None where it is open
+    high: tuple[float | None, ...]
+    epsilon: float
+    sigma: tuple[float, ...] | None = None  # in units of the action; None: nothing is explored
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -38,10 +62,10 @@ class Decision(msgspec.Struct, frozen=True):
     policy: str
     assigned_version: str  # the version that routing chose
     version: str  # the one that decided: the baseline may have stepped in
-    action: int
-    action_name: str
-    propensity: float | None  # probability of `action`; None where it is not known, see `propensity_reason`
-    propensity_reason: str | None
+    action: Action
+    action_name: ActionName
+    propensity: float | None  # probability of `action`; None where it is not known or is a density
+    propensity_reason: str | None  # why nothing is known
     explored: bool
     exploration: Exploration
     safety: Safety
@@ -50,8 +74,12 @@ class Decision(msgspec.Struct, frozen=True):
     role: str = ""
     generation: int = 0
     switched: bool = False  # another version decided the episode's step before
+    state_reset: bool = False  # a recurrent policy had no memory that fits the step, and started anew
+    propensity_kind: PropensityKind = "mass"  # otherwise `propensity` is None, and `log_propensity` the number
+    log_propensity: float | None = None  # continuous policies only
     values: tuple[float, ...] | None = None  # what the network returned, with include=["values"]
-    distribution: tuple[float, ...] | None = None  # what was drawn from, with include=["distribution"]
+    # What was drawn from, with include=["distribution"]: a probability for each choice, or a tuple for each factor.
+    distribution: tuple[float | tuple[float, ...], ...] | PointDistribution | None = None
     idempotency: str | None = None  # "local": the Idempotency-Key holds within one worker only, Redis being away
 
 
@@ -70,14 +98,19 @@ class RewardReceipt(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class BatchDecisions:
-    """Answers to B states, as columns. A row that could not be decided stands in `errors`; its action is -1."""
+    """Answers to B states, as columns.
+
+    A row that could not be decided stands in `errors`; its action is -1 or, where actions are points, NaN.
+    """
 
     policy: str
     generation: int
     decision_ids: npt.NDArray[np.object_]  # [B] of str, "" where undecided; so all strings here
-    actions: npt.NDArray[np.int64]  # [B]
-    action_names: npt.NDArray[np.object_]  # [B]
-    propensities: npt.NDArray[np.float64]  # [B] NaN where not known
+    actions: npt.NDArray[Any]  # int64 [B], with factors [B, F]; points: float64 [B, D]
+    action_names: npt.NDArray[np.object_]  # [B], with factors [B, F]; "" for points
+    propensities: npt.NDArray[np.float64]  # [B] NaN where not known, and where it is a density
+    log_propensities: npt.NDArray[np.float64]  # [B] log of the probability or density; NaN where not known
+    propensity_kinds: npt.NDArray[np.object_]  # [B] mass | density | mixed, "" where undecided
     propensity_reasons: npt.NDArray[np.object_]  # [B] "" where known
     explored: npt.NDArray[np.bool_]  # [B]
     epsilons: npt.NDArray[np.float64]  # [B]
@@ -87,6 +120,7 @@ class BatchDecisions:
     versions: npt.NDArray[np.object_]  # [B]
     roles: npt.NDArray[np.object_]  # [B]
     logged: npt.NDArray[np.bool_]  # [B]
+    state_resets: npt.NDArray[np.bool_]  # [B] a recurrent policy had no memory that fits the step, and started anew
     errors: Mapping[int, ApiError]  # by row
 
     def __len__(self) -> int:
@@ -107,6 +141,9 @@ class _Columns(msgspec.Struct, frozen=True):
     overridden: Column
     fallback: Column
     logged: Column
+    propensity_kind: Column = []
+    log_propensity: Column = []
+    state_reset: Column = []
     role: Column = []
     generation: int = 0
     errors: list[_Problem] = []
@@ -177,13 +214,26 @@ def read_error(status: int, body: bytes, retry_after_s: float | None) -> ApiErro
 
 def read_batch(body: bytes) -> BatchDecisions:
     answer = _read(_columns, body)
+    try:
+        return _batch(answer)
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise Unreadable(f"the service's answer cannot be read: {error}") from error
+
+
+def _batch(answer: _Columns) -> BatchDecisions:
+    none = [None] * len(answer.action)  # instead of a column that the service does not know yet
+    masses = [None if action is None else "mass" for action in answer.action]
+    actions, names = _actions(answer.action, answer.action_name)
+    propensities = _floats(answer.propensity)
     return BatchDecisions(
         policy=answer.policy,
         generation=answer.generation,
         decision_ids=_strings(answer.decision_id),
-        actions=np.array([-1 if action is None else action for action in answer.action], np.int64),
-        action_names=_strings(answer.action_name),
-        propensities=_floats(answer.propensity),
+        actions=actions,
+        action_names=names,
+        propensities=propensities,
+        log_propensities=_logs(propensities, _floats(answer.log_propensity or none)),
+        propensity_kinds=_strings(answer.propensity_kind or masses),
         propensity_reasons=_strings(answer.propensity_reason),
         explored=np.array(answer.explored, np.bool_),
         epsilons=_floats(answer.epsilon),
@@ -193,8 +243,29 @@ def read_batch(body: bytes) -> BatchDecisions:
         versions=_strings(answer.version),
         roles=_strings(answer.role),
         logged=np.array(answer.logged, np.bool_),
+        state_resets=np.array(answer.state_reset or none, np.bool_),
         errors={problem.row: problem.error(problem.status) for problem in answer.errors if problem.row is not None},
     )
+
+
+def _actions(actions: Column, names: Column) -> tuple[npt.NDArray[Any], npt.NDArray[np.object_]]:
+    """Actions and their names as arrays of one shape; only points have no names."""
+    decided = next((row for row, action in enumerate(actions) if action is not None), None)
+    if decided is None or not isinstance(actions[decided], list):
+        return np.array([-1 if action is None else action for action in actions], np.int64), _strings(names)
+    size, points = len(actions[decided]), names[decided] is None
+    none, dtype = (math.nan, np.float64) if points else (-1, np.int64)
+    found: npt.NDArray[Any] = np.array([[none] * size if action is None else action for action in actions], dtype)
+    if points:
+        return found, _strings(names)
+    named = [name for row in names for name in (row or [""] * size)]
+    return found, _strings(named).reshape(found.shape)
+
+
+def _logs(propensities: npt.NDArray[np.float64], logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The logs that the service gave; of a mass without one, its log."""
+    with np.errstate(divide="ignore"):
+        return np.where(np.isnan(logs), np.log(propensities), logs)
 
 
 def _strings(values: Column) -> npt.NDArray[np.object_]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surefoot.entries import Row
+from surefoot.spaces import FLOAT, Kind, Space
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -26,26 +27,40 @@ Strings = npt.NDArray[np.object_]  # of str: exact whatever the length, where nu
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B transitions of one policy with the same observation shape and number of actions n.
+    """B transitions of one policy with the same observation shape and action space.
 
-    Strings are object arrays of `str`, "" where there is none.
+    An action is an index (discrete), F indices (multi_discrete, `nvec` has the sizes of the factors), or D numbers
+    (continuous). N is the number of choices, sum(nvec), factors side by side; 0 for continuous actions. D is 0 for all
+    others. Strings are object arrays of `str`, "" where there is none.
     """
 
     policy: str
+    action_kind: Kind
+    nvec: tuple[int, ...]  # (n,), the sizes of the factors, or () over a box
     ids: Strings  # [B] decision ids
     states: Array  # [B, *shape], dtype of the observation
-    actions: Ints  # [B] executed actions
+    actions: Array  # int64 [B] or [B, F], float64 [B, D]: executed actions
     rewards: Floats  # [B] NaN where the decision was voided
     next_states: Array  # [B, *shape] zeros where there is none: look at `bootstrap` first
     terminated: Bools  # [B] the environment ended the episode here
     truncated: Bools  # [B] a limit cut the episode here
     bootstrap: Bools  # [B] whether the value of `next_states` may be added
     ends: Strings  # [B] none | terminated | truncated | lost | single
-    propensities: Floats  # [B] probability of the executed action; NaN where it is not known
-    behaviour: Floats  # [B, n] what the action was drawn from
-    target: Floats  # [B, n] the version's distribution before mask and exploration
-    masks: Bools  # [B, n] allowed actions
-    next_masks: Bools  # [B, n] allowed actions in the next state; all true where they are not known
+    propensities: Floats  # [B] probability of the executed action; NaN where it is not known, or is a density
+    log_propensities: Floats  # [B] its log, or the log of a density: see `propensity_kinds`; NaN where it is not known
+    propensity_kinds: Strings  # [B] mass | density | mixed
+    behaviour: Floats  # [B, N] what each factor's choice was drawn from
+    target: Floats  # [B, N] the version's distribution before mask and exploration; [B, 2·D] raw means, then deviations
+    masks: Bools  # [B, N] allowed choices
+    next_masks: Bools  # [B, N] allowed choices in the next state; all true where they are not known
+    boxes: Floats  # [B, 2, D] allowed points: low ends, high ends; infinite where open
+    next_boxes: Floats  # [B, 2, D] the next state's; the action space's own where it is not known
+    bounds: Floats  # [B, 2, D] the action space's own ends
+    transforms: Strings  # [B] from raw actions to executed ones, before projection onto the box: none | unscale | tanh
+    raw_actions: Floats  # [B, D] the draw before transform and projection; if `explored`, before projection
+    raw_log_probs: Floats  # [B] log-density of that draw under the part that drew it; NaN where there is none
+    sigmas: Floats  # [B, D] deviation of the exploring part; zeros where there was none
+    at_bound: Ints  # [B, D] -1 where the action lies at the low end of its box, 1 at the high end, 0 between
     epsilons: Floats  # [B] exploration in force
     explored: Bools  # [B] the exploring part drew
     versions: Strings  # [B] the version that decided
@@ -56,11 +71,12 @@ class Batch:
     epochs: Ints  # [B]
     seqs: Ints  # [B]
     join_states: Strings  # [B] joined | defaulted | void
-    proposed: Ints  # [B] what the version would have done without a mask
+    proposed: Array  # like `actions`: what the version would have done without rules
     fallbacks: Strings  # [B] the reason, where the fallback answered
     overridden: Bools  # [B] a rule changed what the version would have done
     weights: Floats  # [B] routing weight of the assigned version at the pin
     switched: Bools  # [B] another version decided the step before
+    state_resets: Bools  # [B] a recurrent version had lost its memory of the episode and started anew
     reward_delays_ms: Floats  # [B] from decision to accepted reward; NaN where none came
     keys: Strings  # [B] routing keys
     at_ms: Ints  # [B] event time of the decision, milliseconds since 1970
@@ -83,29 +99,62 @@ class Batch:
         cls, policy: str, rows: Sequence[Row], acknowledge: Callable[[Batch], None], also: Sequence[bytes] = ()
     ) -> Batch:
         """Stack rows of one spec. `also`: entries that are acknowledged with them, being copies."""
-        dtype, shape, n = rows[0].spec
-        states = _stack([row.state for row in rows], dtype, shape)
-        blank, unknown = bytes(len(rows[0].state)), b"\1" * n
+        dtype, shape, space = rows[0].spec
+        blank = bytes(len(rows[0].state))
         return cls(
             policy=policy,
-            states=states,
+            action_kind=space.kind,
+            nvec=() if space.continuous else space.sizes,
+            states=_stack([row.state for row in rows], dtype, shape),
             next_states=_stack([row.next_state or blank for row in rows], dtype, shape),
-            behaviour=_stack([row.record.behaviour for row in rows], "<f8", (n,)),
-            target=_stack([row.record.target for row in rows], "<f8", (n,)),
-            masks=_stack([row.mask for row in rows], "u1", (n,)) != 0,
-            # All true and not all false: a maximum over an empty mask is -inf, and -inf times `bootstrap` is NaN.
-            next_masks=_stack([row.next_mask or unknown for row in rows], "u1", (n,)) != 0,
             stream_ids=(*(row.stream_id for row in rows), *also),
             _acknowledge=acknowledge,
             **_event_columns(rows),
             **_record_columns(rows),
+            **_action_columns(rows, space),
         )
+
+
+def _action_columns(rows: Sequence[Row], space: Space) -> dict[str, Any]:
+    """Everything whose shape depends on the action space. Over choices D is 0, over a box N is."""
+    records, n, d = [row.record for row in rows], space.width, space.coordinates
+    dtype, shape = space.action_dtype, space.action_shape
+    anywhere = np.array([[-math.inf] * d, [math.inf] * d]).tobytes()
+    bounds = [record.bounds or anywhere for record in records]
+    masks, next_masks, boxes, next_boxes = [[b""] * len(rows)] * 4
+    if space.continuous:
+        boxes, next_boxes = _allowed(rows, bounds)
+    else:
+        # All true and not all false: a maximum over an empty mask is -inf, and -inf times `bootstrap` is NaN.
+        masks, next_masks = _allowed(rows, [b"\1" * n] * len(rows))
+    return {
+        "actions": np.array([row.action for row in rows], dtype).reshape(len(rows), *shape),
+        "proposed": np.array([record.proposed for record in records], dtype).reshape(len(rows), *shape),
+        "log_propensities": np.array([row.log_propensity for row in rows], np.float64),
+        "propensity_kinds": _strings([record.propensity_kind for record in records]),
+        "behaviour": _stack([record.behaviour for record in records], "<f8", (n,)),
+        "target": _stack([record.target for record in records], "<f8", (space.target_width,)),
+        "masks": _stack(masks, "u1", (n,)) != 0,
+        "next_masks": _stack(next_masks, "u1", (n,)) != 0,
+        "boxes": _stack(boxes, "<f8", (2, d)),
+        "next_boxes": _stack(next_boxes, "<f8", (2, d)),
+        "bounds": _stack(bounds, "<f8", (2, d)),
+        "transforms": _strings([record.transform for record in records]),
+        "raw_actions": _stack([record.raw_action for record in records], "<f8", (d,)),
+        "raw_log_probs": _numbers([record.raw_log_prob for record in records]),
+        "sigmas": _stack([record.sigma or bytes(FLOAT * d) for record in records], "<f8", (d,)),
+        "at_bound": np.array([record.at_bound for record in records], np.int64).reshape(len(rows), d),
+    }
+
+
+def _allowed(rows: Sequence[Row], unknown: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """What was allowed, and what is in the next state, where that is not known `unknown`."""
+    return [row.mask for row in rows], [row.next_mask or other for row, other in zip(rows, unknown, strict=True)]
 
 
 def _event_columns(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "ids": _strings([row.id for row in rows]),
-        "actions": np.array([row.action for row in rows], np.int64),
         "rewards": np.array([row.reward for row in rows], np.float64),
         "terminated": np.array([row.terminated for row in rows], np.bool_),
         "truncated": np.array([row.truncated for row in rows], np.bool_),
@@ -124,18 +173,17 @@ def _event_columns(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _record_columns(rows: Sequence[Row]) -> dict[str, Any]:
     records = [row.record for row in rows]
-    known = [math.nan if record.propensity is None else record.propensity for record in records]
     return {
-        "propensities": np.array(known, np.float64),
+        "propensities": _numbers([record.propensity for record in records]),
         "epsilons": np.array([record.epsilon for record in records], np.float64),
         "explored": np.array([record.explored for record in records], np.bool_),
         "versions": _strings([record.version for record in records]),
         "assigned_versions": _strings([record.assigned_version for record in records]),
-        "proposed": np.array([record.proposed for record in records], np.int64),
         "fallbacks": _strings([record.fallback or "" for record in records]),
         "overridden": np.array([record.overridden for record in records], np.bool_),
         "weights": np.array([record.weight for record in records], np.float64),
         "switched": np.array([record.switched for record in records], np.bool_),
+        "state_resets": np.array([record.state_reset for record in records], np.bool_),
         "keys": _strings([record.key or "" for record in records]),
     }
 
@@ -143,6 +191,10 @@ def _record_columns(rows: Sequence[Row]) -> dict[str, Any]:
 def _stack(column: Sequence[bytes], dtype: str, shape: tuple[int, ...]) -> Array:
     # A bytearray, so that the array is writable: torch warns about arrays that are not.
     return np.frombuffer(bytearray(b"".join(column)), dtype).reshape(len(column), *shape)
+
+
+def _numbers(values: Sequence[float | None]) -> Floats:
+    return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
 def _strings(values: Sequence[str]) -> Strings:

@@ -10,24 +10,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from surefoot.errors import Unreadable
+from surefoot.spaces import FLOAT, Action, Kind, Space, finite, floats
 
 SCHEMA_VERSION = 1
 
 TERMINATED, TRUNCATED = 1, 2  # bits of `tf`
 
 Fields = Mapping[bytes, bytes]
-Spec = tuple[str, tuple[int, ...], int]  # dtype and shape of a state, number of actions
 Identity = tuple[str, int, int]  # producer, epoch, seq
 
 
+class Spec(NamedTuple):
+    """What the transitions of one batch have in common."""
+
+    dtype: str  # of a state
+    shape: tuple[int, ...]  # of a state
+    space: Space
+
+
 class Record(msgspec.Struct, frozen=True):
-    """What is read of a decision's record; the service writes more."""
+    """What is read of a decision's record; the service writes more. From `raw_action` on: continuous actions only."""
 
     assigned_version: str
     version: str
@@ -37,9 +45,9 @@ class Record(msgspec.Struct, frozen=True):
     behaviour: bytes
     epsilon: float
     explored: bool
-    proposed: int
+    proposed: int | tuple[int | float, ...]
     propensity: float | None
-    action_name: str = ""
+    action_name: str | list[str] | None = None
     role: str = ""
     propensity_reason: str | None = None
     overridden: bool = False
@@ -49,6 +57,17 @@ class Record(msgspec.Struct, frozen=True):
     switched: bool = False
     key: str | None = None
     context: dict[str, Any] | None = None
+    action_kind: Kind = "discrete"
+    nvec: tuple[int, ...] = ()  # sizes of the factors, multi_discrete only
+    propensity_kind: str = "mass"
+    log_propensity: float | None = None
+    state_reset: bool = False
+    raw_action: bytes = b""  # float64 [D], the draw before squash and projection
+    raw_log_prob: float | None = None  # its log-density under the part that drew it
+    sigma: bytes = b""  # float64 [D], deviation of the exploring part; empty: there was none
+    at_bound: tuple[int, ...] = ()  # -1 at the low end of the box, 1 at the high end, 0 between
+    transform: str = "none"  # from raw actions to executed ones: none | unscale | tanh
+    bounds: bytes = b""  # float64 [2·D], the action space's own low and high
 
 
 class RewardRecord(msgspec.Struct, frozen=True):
@@ -72,7 +91,7 @@ class Row:
     episode: str
     step: int
     at_ms: int
-    action: int
+    action: Action
     state: bytes
     mask: bytes
     reward: float  # NaN where the decision was voided
@@ -101,11 +120,11 @@ class Row:
 
     @classmethod
     def _read(cls, stream_id: bytes, fields: Fields) -> Row:
-        text = {name: fields[name].decode() for name in (b"i", b"p", b"ep", b"j", b"x", b"r")}
+        text = {name: fields[name].decode() for name in (b"i", b"p", b"ep", b"a", b"j", b"x", b"r")}
         record = _record.decode(fields[b"d"])
         state, mask = fields[b"s"], fields[b"m"]
-        spec = (np.dtype(record.dtype).str, record.shape, len(mask))
-        _check_sizes(record, state, mask)
+        spec = Spec(np.dtype(record.dtype).str, record.shape, Space.of(record.action_kind, record.nvec, mask))
+        _check_sizes(record, state, spec)
         # A next state of another shape is another observation: the policy was changed in between. It cannot be
         # learnt from together with this one, so the transition ends here.
         cut = len(fields[b"n"]) not in (0, len(state))
@@ -113,16 +132,16 @@ class Row:
         accepted = fields.get(b"at", b"")
         return cls(
             stream_id=stream_id,
-            identity=(text[b"p"], int(fields[b"e"]), int(fields[b"q"])),
+            identity=(text[b"p"], _whole(fields[b"e"]), _whole(fields[b"q"])),
             spec=spec,
             id=text[b"i"],
             episode=text[b"ep"],
-            step=int(fields[b"st"]),
-            at_ms=int(fields[b"t"]),
-            action=int(fields[b"a"]),
+            step=_whole(fields[b"st"]),
+            at_ms=_whole(fields[b"t"]),
+            action=spec.space.read(text[b"a"]),
             state=state,
             mask=mask,
-            reward=float(text[b"r"]) if text[b"r"] else math.nan,
+            reward=_number(text[b"r"]) if text[b"r"] else math.nan,
             join=text[b"j"],
             end="lost" if cut else text[b"x"],
             bootstrap=fields[b"b"] == b"1" and not cut,
@@ -130,7 +149,7 @@ class Row:
             next_mask=next_mask if len(next_mask) == len(mask) and not cut else b"",
             next_id=fields.get(b"ni", b"").decode(),
             order=fields.get(b"o", b"").decode(),
-            reward_at_ms=int(accepted) if accepted else None,
+            reward_at_ms=_whole(accepted) if accepted else None,
             reward_id=fields.get(b"ri", b"").decode(),
             flags=int(fields.get(b"tf") or b"0"),
             record=record,
@@ -150,20 +169,29 @@ class Row:
         """From the decision to the acceptance of its reward; NaN where none came."""
         return math.nan if self.reward_at_ms is None else float(self.reward_at_ms - self.at_ms)
 
+    @property
+    def log_propensity(self) -> float:
+        """Log of the probability or density of the executed action; NaN where it is not known."""
+        if self.record.log_propensity is not None:
+            return self.record.log_propensity
+        mass = self.record.propensity
+        return math.nan if mass is None else math.log(mass) if mass > 0.0 else -math.inf
+
     def plain(self, policy: str) -> dict[str, Any]:
         """Give the transition as values that JSON can hold; None where there is nothing."""
         producer, epoch, seq = self.identity
         record = self.record
-        return {
+        whole = {
             "id": self.id,
             "policy": policy,
             "episode": self.episode or None,
             "step": None if self.step < 0 else self.step,
             "at_ms": self.at_ms,
             "state": self._observation(self.state),
+            "action_kind": record.action_kind,
             "action": self.action,
             "action_name": record.action_name or None,
-            "reward": None if math.isnan(self.reward) else self.reward,
+            "reward": self.reward,
             "next_state": self._observation(self.next_state),
             "terminated": self.terminated,
             "truncated": self.truncated,
@@ -171,11 +199,10 @@ class Row:
             "end": self.end,
             "join": self.join,
             "propensity": record.propensity,
+            "propensity_kind": record.propensity_kind,
+            "log_propensity": self.log_propensity,
             "propensity_reason": record.propensity_reason,
-            "behaviour": np.frombuffer(record.behaviour, "<f8").tolist(),
-            "target": np.frombuffer(record.target, "<f8").tolist(),
-            "mask": list(self.mask),
-            "next_mask": list(self.next_mask) or None,
+            **self._drawn_from(),
             "next_id": self.next_id or None,
             "epsilon": record.epsilon,
             "explored": record.explored,
@@ -188,6 +215,7 @@ class Row:
             "role": record.role or None,
             "weight": record.weight,
             "switched": record.switched,
+            "state_reset": record.state_reset,
             "key": record.key,
             "context": record.context,
             "order": self.order or None,
@@ -199,15 +227,68 @@ class Row:
             "seq": seq,
             "stream_id": self.stream_id.decode(),
         }
+        return {name: finite(value) for name, value in whole.items()}
+
+    def _drawn_from(self) -> dict[str, Any]:
+        """What the action was drawn from: choices and their masks, or a point, its box and its draw."""
+        record, space = self.record, self.spec.space
+        if space.continuous:
+            target = floats(record.target)
+            return {
+                "target": {"mean": target[: space.coordinates], "std": target[space.coordinates :]},
+                "box": _box(self.mask),
+                "next_box": _box(self.next_mask),
+                "sigma": floats(record.sigma) or None,
+                "raw_action": floats(record.raw_action),
+                "raw_log_prob": record.raw_log_prob,
+                "at_bound": list(record.at_bound),
+                "transform": record.transform,
+                "bounds": _box(record.bounds),
+            }
+        return {
+            "behaviour": space.by_factor(floats(record.behaviour)),
+            "target": space.by_factor(floats(record.target)),
+            "mask": space.by_factor(list(self.mask)),
+            "next_mask": space.by_factor(list(self.next_mask)) if self.next_mask else None,
+        }
 
     def _observation(self, raw: bytes) -> Any:
-        return np.frombuffer(raw, self.spec[0]).reshape(self.spec[1]).tolist() if raw else None
+        return np.frombuffer(raw, self.spec.dtype).reshape(self.spec.shape).tolist() if raw else None
 
 
-def _check_sizes(record: Record, state: bytes, mask: bytes) -> None:
-    expected = math.prod(record.shape) * np.dtype(record.dtype).itemsize
+def _whole(raw: bytes) -> int:
+    """Read what fits an int64, as columns hold it."""
+    number = int(raw)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{number} is out of range")
+    return number
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
+def _box(raw: bytes) -> dict[str, Any] | None:
+    """A box as requests and answers write it."""
+    ends = floats(raw)
+    return {"low": ends[: len(ends) // 2], "high": ends[len(ends) // 2 :]} if ends else None
+
+
+def _check_sizes(record: Record, state: bytes, spec: Spec) -> None:
+    dtype = np.dtype(record.dtype)
+    if dtype.kind not in "fiub" or min(record.shape, default=0) < 1:
+        raise ValueError(f"no observation has dtype {dtype} and shape {record.shape}")
+    expected = math.prod(record.shape) * dtype.itemsize
     if len(state) != expected:
         raise ValueError(f"a state of {len(state)} bytes, {expected} expected")
-    for name in ("behaviour", "target"):
-        if len(getattr(record, name)) != 8 * len(mask):
-            raise ValueError(f"{name} and mask differ in length")
+    spec.space.check(record.target, record.behaviour, record.proposed)
+    whole = FLOAT * spec.space.coordinates
+    sizes = {"raw_action": (whole,), "sigma": (0, whole), "bounds": (0, 2 * whole)}
+    for name, allowed in sizes.items():
+        if len(getattr(record, name)) not in allowed:
+            raise ValueError(f"{name} and action differ in length")
+    if len(record.at_bound) != spec.space.coordinates:
+        raise ValueError("at_bound and action differ in length")

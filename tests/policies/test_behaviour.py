@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,19 +18,22 @@ KEY = bytes(range(32))
 Case = tuple[Target, np.ndarray, np.ndarray, np.ndarray]
 
 
+HEADS: tuple[HeadKind, ...] = ("q_values", "logits", "probabilities", "action")
+
+
 @st.composite
 def cases(draw_from: st.DrawFn) -> Case:
     """A target from any head (NaN and infinities among the outputs), a mask, an ε and a fallback for each row."""
     rows = draw_from(st.integers(1, 4))
     n = draw_from(st.integers(1, 6))
-    head: HeadKind = draw_from(st.sampled_from(get_args(HeadKind)))
+    head: HeadKind = draw_from(st.sampled_from(HEADS))
     numbers = st.one_of(st.floats(-50, 50, width=32), st.sampled_from([np.nan, np.inf, -np.inf, 0.0]))
     outputs = draw_from(hnp.arrays(np.float32, (rows, n), elements=numbers))
     if head == "probabilities" and draw_from(st.booleans()):
         weights = np.abs(np.nan_to_num(outputs, posinf=1, neginf=1)) + 0.01
         outputs = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     if head == "action" and draw_from(st.booleans()):
-        outputs = index_rows(draw_from(hnp.arrays(np.int64, rows, elements=st.integers(-1, n))), n)
+        outputs = index_rows(draw_from(hnp.arrays(np.int64, rows, elements=st.integers(-1, n))), [n])
     temperature = draw_from(st.sampled_from([None, 0.5, 3.0])) if head != "probabilities" else None
     mask = draw_from(hnp.arrays(np.bool_, (rows, n)))
     epsilon = draw_from(hnp.arrays(np.float64, rows, elements=st.floats(0, 1)))
@@ -78,19 +79,19 @@ def test_the_propensity_is_the_behaviour_at_the_drawn_action_and_masked_actions_
     wanted, mask, epsilon, fallback = case
     behaviour = behave(wanted, mask, epsilon, fallback)
     drawn = draw(behaviour, uniforms(KEY, ids[: len(mask)]))
-    for row, action in enumerate(drawn.actions):
+    for row, action in enumerate(drawn.actions[:, 0]):
         assert drawn.propensity[row] == behaviour.probabilities[row, action] > 0
         assert behaviour.fallback[row] or mask[row, action]
         if behaviour.fallback[row]:
             assert (action, drawn.propensity[row], drawn.explored[row]) == (fallback[row], 1.0, False)
 
 
-@pytest.mark.parametrize("head", get_args(HeadKind))
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
 def test_drawn_frequencies_agree_with_the_propensities(head: HeadKind, epsilon: float) -> None:
     outputs = np.array([[0.1, 0.5, 0.2, 0.2]], dtype=np.float32)
     if head == "action":
-        outputs = index_rows(np.array([1]), 4)
+        outputs = index_rows(np.array([1]), [4])
     mask = np.array([[True, True, False, True]])
     count = 20_000
     behaviour = behave(
@@ -100,7 +101,7 @@ def test_drawn_frequencies_agree_with_the_propensities(head: HeadKind, epsilon: 
         np.zeros(count, dtype=np.int64),
     )
     drawn = draw(behaviour, uniforms(KEY, [f"{i:08x}" for i in range(count)]))
-    observed = np.bincount(drawn.actions, minlength=4)
+    observed = np.bincount(drawn.actions[:, 0], minlength=4)
     expected = behaviour.probabilities[0] * count
     assert observed[expected == 0].sum() == 0
     keep = expected > 0
@@ -134,7 +135,7 @@ def test_no_target_mass_on_the_mask_falls_back_and_is_never_filled_with_uniform(
 
 
 def test_a_network_that_names_one_action_falls_back_where_that_action_is_masked() -> None:
-    only = target(index_rows(np.array([1]), 3), "action")
+    only = target(index_rows(np.array([1]), [3]), "action")
     free = behave(only, np.array([[True, True, True]]), np.array([0.3]), np.array([2], dtype=np.int64))
     np.testing.assert_allclose(free.probabilities, [[0.1, 0.8, 0.1]])
     masked = behave(only, np.array([[True, False, True]]), np.array([0.3]), np.array([2], dtype=np.int64))
@@ -169,3 +170,42 @@ def test_uniforms_depend_on_key_and_id_alone() -> None:
     assert (uniforms(KEY, ["bb"]) == one[1]).all()
     assert (uniforms(bytes(32), ["bb"]) != one[1]).all()
     assert ((one >= 0) & (one < 1)).all()
+
+
+def test_a_mask_applies_before_the_softmax_so_no_mass_is_lost() -> None:
+    wanted = target(np.array([[2000.0, 1.0, 1.0]], dtype=np.float32), "logits")
+    behaviour = behave(wanted, np.array([[False, True, True]]), np.array([0.0]), np.array([0]))
+    assert behaviour.probabilities.tolist() == [[0.0, 0.5, 0.5]]
+    assert not behaviour.fallback[0]
+
+
+@pytest.mark.parametrize("head", ["q_values", "logits", "probabilities", "action"])
+@pytest.mark.parametrize("epsilon", [0.0, 0.3])
+def test_several_factors_are_drawn_together_with_the_probability_of_the_joint_action(
+    head: HeadKind, epsilon: float
+) -> None:
+    """The joint distribution, enumerated: (1 - ε) · Π own + ε · Π uniform, against 40,000 draws."""
+    nvec, count = (3, 2), 40_000
+    outputs = np.array([[0.2, 0.3, 0.5, 0.6, 0.4]], dtype=np.float32)
+    if head == "action":
+        outputs = index_rows(np.array([[1, 0]]), nvec)
+    mask = np.array([[True, True, False, True, True]])
+    wanted = target(np.repeat(outputs, count, axis=0), head, None, nvec)
+    behaviour = behave(wanted, np.repeat(mask, count, axis=0), np.full(count, epsilon), np.zeros((count, 2), np.int64))
+    drawn = draw(behaviour, uniforms(KEY, [f"{i:08x}" for i in range(count)], 3))
+    own, uniform = behaviour.own[0], behaviour.uniform[0]
+    joint = (1 - epsilon) * np.outer(own[:3], own[3:]) + epsilon * np.outer(uniform[:3], uniform[3:])
+    assert joint.sum() == pytest.approx(1.0, abs=1e-12)
+    np.testing.assert_allclose(drawn.propensity, joint[drawn.actions[:, 0], drawn.actions[:, 1]], atol=1e-12)
+    observed = np.bincount(drawn.actions[:, 0] * 2 + drawn.actions[:, 1], minlength=6)
+    keep = joint.ravel() > 0
+    assert observed[~keep].sum() == 0
+    if keep.sum() > 1:
+        assert stats.chisquare(observed[keep], joint.ravel()[keep] * count).pvalue > 1e-3
+
+
+def test_masked_mass_of_several_factors_is_that_of_the_joint_action() -> None:
+    wanted = target(np.array([[0.5, 0.5, 0.25, 0.75]], dtype=np.float32), "probabilities", None, (2, 2))
+    mask = np.array([[True, False, True, True]])
+    assert masked_mass(wanted, mask).tolist() == pytest.approx([0.5])
+    assert behave(wanted, mask & [True, True, False, False], np.array([0.5]), np.array([[1, 1]])).fallback.all()

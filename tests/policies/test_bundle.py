@@ -12,8 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from policies.bundle import MAX_MODEL_BYTES, read_bundle, read_manifest
+from policies.bundle import MAX_MODEL_BYTES, read_bundle
 from policies.errors import BundleError
+from policies.manifest import read_manifest
 from tests.policies.networks import bundle_files, identity_files, index_of_largest, linear
 
 Files = dict[str, bytes]
@@ -37,8 +38,8 @@ def test_a_good_bundle_is_read_whole() -> None:
     bundle = read_bundle(identity_files(2, description="identity", temperature=2.0))
     assert (bundle.policy, bundle.version, bundle.head, bundle.epsilon) == ("toy", "v1", "q_values", 0.1)
     assert bundle.observation.names == ("f0", "f1")
-    assert bundle.action.names == ("a0", "a1")
-    assert bundle.fallback == 0
+    assert bundle.action.names == (("a0", "a1"),)
+    assert bundle.fallback == (0,)
     assert bundle.temperature == 2.0
     assert bundle.golden_states.shape == (3, 2)
     assert bundle.golden_states.dtype == np.float32
@@ -55,13 +56,13 @@ def test_the_digest_changes_with_every_file() -> None:
 
 def test_actions_without_names_are_named_by_their_index() -> None:
     files = identity_files(action={"kind": "discrete", "n": 2}, fallback=1)
-    assert read_bundle(files).action.names == ("0", "1")
+    assert read_bundle(files).action.names == (("0", "1"),)
 
 
 def test_fallback_none_is_no_fallback_unless_an_action_is_called_so() -> None:
     assert read_bundle(identity_files(fallback="none")).fallback is None
     named = {"kind": "discrete", "n": 2, "names": ["some", "none"]}
-    assert read_bundle(identity_files(fallback="none", action=named)).fallback == 1
+    assert read_bundle(identity_files(fallback="none", action=named)).fallback == (1,)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_fallback_none_is_no_fallback_unless_an_action_is_called_so() -> None:
         ({"version": "a/b"}, "version"),
         ({"head": "magic"}, "head"),
         ({"exploration": {"epsilon": 1.5}}, "exploration.epsilon"),
-        ({"action": {"kind": "continuous", "n": 2}}, "action.kind"),
+        ({"action": {"kind": "continuous", "n": 2}}, "action"),
         ({"action": {"kind": "discrete", "n": 0}}, "action.n"),
         ({"action": {"kind": "discrete", "n": 2, "names": ["a", "a"]}}, "action.names"),
         ({"observation": {"shape": [0]}}, "observation.shape"),
@@ -292,7 +293,7 @@ def index_files(proto: onnx.ModelProto) -> Files:
 @pytest.mark.parametrize("shape", [("batch",), ("batch", 1)])
 def test_an_action_head_answers_with_one_index_for_each_state(shape: tuple[int | str, ...]) -> None:
     bundle = read_bundle(index_files(index_of_largest(shape=shape)))
-    assert (bundle.head, bundle.one_by_one) == ("action", False)
+    assert (bundle.head, bundle.interface.one_by_one) == ("action", False)
 
 
 def test_an_action_head_that_answers_with_a_row_is_refused() -> None:

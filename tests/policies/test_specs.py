@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from policies.errors import BundleError, InvalidField, MissingField, SurefootError, UnknownAction, UnknownField
-from policies.types import ActionSpec, Feature, ObservationSpec, Target
+from policies.types import Choices, Feature, ObservationSpec, Target
 
 NAMED = ObservationSpec((2,), features=(Feature("cpu"), Feature("rps")))
 IMAGE = ObservationSpec((2, 3))
-ACTIONS = ActionSpec(2, ("hold", "up"))
+ACTIONS = Choices((("hold", "up"),))
 
 
 def test_an_object_is_put_into_the_features_order() -> None:
@@ -51,7 +51,7 @@ def test_sizes_and_dtypes() -> None:
 
 def test_actions_are_found_by_name_and_index() -> None:
     assert (ACTIONS.index("up"), ACTIONS.index(0)) == (1, 0)
-    assert [ACTIONS.validate(a) for a in (-1, 0, 1, 2)] == [False, True, True, False]
+    assert [ACTIONS.validate((a,)) for a in (-1, 0, 1, 2)] == [False, True, True, False]
     for wrong in ("down", 2, -1):
         with pytest.raises(UnknownAction) as caught:
             ACTIONS.index(wrong, "allowed_actions[0]")
@@ -59,13 +59,13 @@ def test_actions_are_found_by_name_and_index() -> None:
 
 
 def test_an_action_space_has_as_many_names_as_actions() -> None:
-    for n, names in ((0, ()), (2, ("a",)), (2, ("a", "a"))):
+    for names, factors in (((), ()), (((),), ()), ((("a", "a"),), ()), ((("a",),), ("x", "y"))):
         with pytest.raises(BundleError):
-            ActionSpec(n, names)
+            Choices(names, factors)
 
 
 def test_a_target_distribution_puts_a_greedy_row_on_its_best_action_and_a_faulty_row_nowhere() -> None:
-    greedy = Target(np.array([[1.0, 2.0], [0.0, 0.0]]), greedy=True, faulty=np.array([False, True]))
+    greedy = Target(np.array([[1.0, 2.0], [0.0, 0.0]]), greedy=True, faulty=np.array([False, True]), nvec=(2,))
     assert greedy.distribution().tolist() == [[0.0, 1.0], [0.0, 0.0]]
 
 

@@ -7,43 +7,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.types import Choices
 from safety.chain import check, constrain
 from safety.fallback import reason
 from safety.types import Constraint, FallbackReason
+
+
+def choices(n: int) -> Choices:
+    return Choices((tuple(f"a{i}" for i in range(n)),))
+
 
 allowed = st.lists(st.one_of(st.none(), st.lists(st.integers(-2, 6), max_size=5)), min_size=1, max_size=4)
 
 
 @given(allowed, st.integers(1, 5))
 def test_constrain_and_check_agree_on_every_action(rows: list[list[int] | None], n: int) -> None:
-    mask = constrain(rows, n).mask
+    mask = constrain(rows, choices(n)).mask
     for action in range(n):
-        looked = check([action] * len(rows), [False] * len(rows), rows, n)
+        looked = check([(action,)] * len(rows), [False] * len(rows), rows, [n])
         assert looked.tolist() == mask[:, action].tolist()
 
 
 def test_without_allowed_actions_everything_is_allowed_and_no_rule_speaks() -> None:
-    assert constrain([None, None], 3).mask.all()
-    assert constrain([None], 3).by_rule == ()
+    assert constrain([None, None], choices(3)).mask.all()
+    assert constrain([None], choices(3)).by_rule == ()
 
 
 def test_the_request_is_the_rule_that_forbade() -> None:
-    constraint = constrain([[0], None], 2)
-    assert constraint.rules_against(0, 1) == ("request",)
-    assert constraint.rules_against(0, 0) == ()
-    assert constraint.rules_against(1, 1) == ()
+    constraint = constrain([[0], None], choices(2))
+    assert constraint.rules_against(0, (1,)) == ("request",)
+    assert constraint.rules_against(0, (0,)) == ()
+    assert constraint.rules_against(1, (1,)) == ()
 
 
 def test_rules_are_named_one_by_one() -> None:
     one, two = np.array([[True, False]]), np.array([[False, False]])
-    constraint = Constraint(one & two, (("a", one), ("b", two)))
-    assert constraint.rules_against(0, 0) == ("b",)
-    assert constraint.rules_against(0, 1) == ("a", "b")
+    constraint = Constraint(one & two, (2,), (("a", one), ("b", two)))
+    assert constraint.rules_against(0, (0,)) == ("b",)
+    assert constraint.rules_against(0, (1,)) == ("a", "b")
 
 
 def test_a_fallback_passes_the_last_look_only_if_it_exists() -> None:
-    assert check([1, 2, -1], [True, True, True], [[0], [0], [0]], 2).tolist() == [True, False, False]
-    assert check([2], [False], [None], 2).tolist() == [False]
+    assert check([(1,), (2,), (-1,)], [True, True, True], [[0], [0], [0]], [2]).tolist() == [True, False, False]
+    assert check([(2,)], [False], [None], [2]).tolist() == [False]
 
 
 @pytest.mark.parametrize(
@@ -59,4 +65,4 @@ def test_a_fallback_passes_the_last_look_only_if_it_exists() -> None:
 def test_the_first_thing_that_went_wrong_is_the_reason(
     failure: FallbackReason | None, finite: bool, left: int, expected: FallbackReason
 ) -> None:
-    assert reason(failure=failure, finite=finite, allowed=left) == expected
+    assert reason(failure=failure, finite=finite, nothing_left=left == 0) == expected

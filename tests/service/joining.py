@@ -179,7 +179,7 @@ def _reward(reward: RewardEvent) -> tuple[bytes, ...]:
 
 def decision(id: str, episode: str = "", step: int = -1, at: int = 1_000, window: int = 10_000) -> DecisionEvent:
     state, mask = f"state of {id}".encode(), b"\1\0\1"
-    return DecisionEvent(id, episode, step, at + window, at, 2, state, mask, b"record \xff of " + id.encode())
+    return DecisionEvent(id, episode, step, at + window, at, "2", state, mask, b"record \xff of " + id.encode())
 
 
 def reward(
@@ -188,7 +188,7 @@ def reward(
     value: str = "1.0",
     reward_id: str = "",
     flags: int = 0,
-    executed: int = -1,
+    executed: str = "",
     sent: bytes = b"",
     until: int = 20_000,
 ) -> RewardEvent:

@@ -17,7 +17,9 @@ from service.act import Decider
 from service.clock import ManualClock
 from service.decision import DecisionEvent, decode_events
 from service.ids import Keyring, policy_digest
+from service.inference import Inference
 from service.ledger import Ledger
+from service.memory import Memories
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan, Row
 from tests.policies.networks import bundle_files, linear
@@ -65,9 +67,8 @@ def decider(
                 KEYS,
                 clock,
                 metrics or Metrics(CollectorRegistry()),
-                device,
+                Inference(device, clock, timeout_s, Memories(1 << 20, 600.0)),
                 random=lambda size: b"".join(next(numbers).to_bytes(10, "big") for _ in range(size // 10)),
-                timeout_s=timeout_s,
             ),
             ledger,
             clock,

@@ -58,7 +58,7 @@ def test_an_answer_says_who_decided_what_with_which_probability() -> None:
             assert answer.logged
             assert answer.exploration.epsilon == 0.0
             (event,) = recorded(ledger)
-            assert (event.id, event.action, event.at_ms) == (answer.decision_id, 1, clock.now_ms)
+            assert (event.id, event.action, event.at_ms) == (answer.decision_id, "1", clock.now_ms)
             assert event.due_ms == clock.now_ms + 60_000
             assert np.frombuffer(event.state, "<f4").tolist() == [1.0, 3.0]
 
@@ -83,13 +83,10 @@ def test_replaying_every_decision_from_its_record_gives_the_same_action_and_prop
             for event, answer in zip(events, answers, strict=True):
                 record = decode_record(event.record)
                 again = replay(event.id, event.mask, record, KEYS.draw_key(record.key_id))
-                assert (again.action, again.propensity, again.explored) == (
-                    answer.action,
-                    answer.propensity,
-                    answer.explored,
-                )
-                assert (event.action, record.propensity) == (answer.action, answer.propensity)
-                assert np.frombuffer(record.behaviour)[answer.action] == answer.propensity
+                (action,) = again.action
+                assert (action, again.propensity, again.explored) == (answer.action, answer.propensity, answer.explored)
+                assert (event.action, record.propensity) == (str(answer.action), answer.propensity)
+                assert np.frombuffer(record.behaviour)[int(action)] == answer.propensity
             assert Counter(answer.explored for answer in answers)[True] > 5
 
     run(work)
@@ -139,12 +136,12 @@ def test_what_cannot_be_decided_is_answered_with_the_declared_fallback(loaded: A
         with decider(plan({"v1": loaded})) as (pipeline, ledger, _):
             row.allowed = row.allowed if row.allowed == () else (0,)  # the mask does not bind the fallback
             (answer,) = answered(await pipeline.decide([row]))
-            assert (answer.fallback, answer.action) == (reason, loaded.bundle.fallback)
+            assert (answer.fallback, answer.action) == (reason, *(loaded.bundle.fallback or ()))
             assert (answer.propensity, answer.explored, answer.exploration.epsilon) == (1.0, False, 0.0)
             record = decode_record(recorded(ledger)[0].record)
             assert record.fallback == reason
             again = replay(answer.decision_id, recorded(ledger)[0].mask, record, KEYS.draw_key(3))
-            assert (again.action, again.propensity) == (answer.action, 1.0)
+            assert (again.action, again.propensity) == ((answer.action,), 1.0)
 
     run(work)
 
@@ -209,7 +206,7 @@ def test_a_bug_in_the_pipeline_is_answered_with_the_fallback(monkeypatch: pytest
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("service.act.constrain", broken)
+    monkeypatch.setattr("service.settle.constrain", broken)
     unsafe = version(METRICS, "v1", IDENTITY, fallback="none")
 
     async def work() -> None:
@@ -228,12 +225,12 @@ def test_a_bug_in_the_pipeline_is_answered_with_the_fallback(monkeypatch: pytest
 def test_an_action_that_fails_the_last_look_is_replaced_and_its_probability_not_claimed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def mistaken(allowed: Any, n: int) -> Any:
+    def mistaken(allowed: Any, space: Any) -> Any:
         from safety.types import Constraint
 
-        return Constraint(np.ones((len(allowed), n), dtype=np.bool_))  # forgets the request's mask
+        return Constraint(np.ones((len(allowed), space.size), dtype=np.bool_), space.nvec)  # forgets the request's mask
 
-    monkeypatch.setattr("service.act.constrain", mistaken)
+    monkeypatch.setattr("service.settle.constrain", mistaken)
 
     async def work() -> None:
         with decider(plan({"v1": V1})) as (pipeline, ledger, _):
@@ -284,13 +281,13 @@ def test_an_episode_whose_version_is_gone_switches_and_says_so() -> None:
 
 def count_calls(engine: Engine, calls: list[int]) -> None:
     """Note the number of rows of each call of the network."""
-    run_engine = engine.run
+    step = engine.step
 
-    def run_and_note(states: Any) -> Any:
+    def step_and_note(states: Any, *given: Any) -> Any:
         calls.append(len(states))
-        return run_engine(states)
+        return step(states, *given)
 
-    engine.run = run_and_note  # type: ignore[method-assign]
+    engine.step = step_and_note  # type: ignore[method-assign,assignment]
 
 
 def test_rows_that_arrive_together_share_one_call_and_get_their_own_answers() -> None:
@@ -334,9 +331,9 @@ def test_a_network_that_hangs_is_answered_with_the_fallback_and_does_not_hold_up
     async def work() -> None:
         loaded, release = constant("v1", 1), threading.Event()
         with decider(plan({"v1": loaded}), timeout_s=0.05) as (pipeline, ledger, _):
-            run_engine = loaded.engine.run
+            step = loaded.engine.step
             loaded.engine.predicted_s = lambda rows: 1.0
-            loaded.engine.run = lambda states: (release.wait(30), run_engine(states))[1]
+            loaded.engine.step = lambda *given: (release.wait(30), step(*given))[1]
             for _ in range(2):
                 (answer,) = answered(await pipeline.decide(rows([0.0, 1.0])))
                 assert (answer.fallback, answer.action, answer.propensity) == ("inference_timeout", 0, 1.0)

@@ -111,8 +111,8 @@ def test_how_a_rewarded_decision_ends() -> None:
 
 def test_what_voids() -> None:
     assert voids(decision("a"), reward("a", flags=8))
-    assert voids(decision("a"), reward("a", executed=0))
-    assert not voids(decision("a"), reward("a", executed=2))
+    assert voids(decision("a"), reward("a", executed="0"))
+    assert not voids(decision("a"), reward("a", executed="2"))
     assert not voids(decision("a"), reward("a"))
 
 

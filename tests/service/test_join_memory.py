@@ -37,7 +37,7 @@ def test_an_endless_episode_leaves_nothing_behind(join: Both) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"flags": TERMINATED}, {"sent": b"x"}, {"executed": 0}], ids=["end", "sent", "void"]
+    "options", [{"flags": TERMINATED}, {"sent": b"x"}, {"executed": "0"}], ids=["end", "sent", "void"]
 )
 def test_ended_episodes_leave_nothing_behind(join: Both, options: dict[str, Any]) -> None:
     """Here each decision closes before its time has passed, and no later one of its episode cleans up behind it."""

@@ -112,7 +112,7 @@ class World:
             self.random.choice(["7.0", "8.0"]),
             self.random.choice(["", "a", "b", *"cdefghij"]),
             self.random.choice([0, 0, 0, *RewardFlags]),
-            self.random.choice([-1, -1, -1, taken.action, taken.action + 1]),
+            self.random.choice(["", "", "", taken.action, taken.action + "1"]),
             self.random.choice([b"", b"", b"sent"]),
             until=at + self.random.choice([0, WINDOW_MS]),
         )

@@ -75,16 +75,16 @@ def test_what_the_reward_says_of_the_end_holds(
     assert ended(join.born(reward("a", flags=flags, sent=sent))) == end
 
 
-@pytest.mark.parametrize("said", [{"flags": int(RewardFlags.NOT_EXECUTED)}, {"executed": 1}], ids=["not", "other"])
+@pytest.mark.parametrize("said", [{"flags": int(RewardFlags.NOT_EXECUTED)}, {"executed": "1"}], ids=["not", "other"])
 @pytest.mark.parametrize(("episode", "end"), [("", "single"), ("ep", "lost")])
-def test_an_action_that_was_not_executed_voids(join: Both, said: dict[str, int], episode: str, end: str) -> None:
+def test_an_action_that_was_not_executed_voids(join: Both, said: dict[str, object], episode: str, end: str) -> None:
     fields = join.born(decision("a", episode, 0), reward("a", **said))  # type: ignore[arg-type]
     assert (*ended(fields), fields["r"]) == ("void", end, "0", "", b"")
     assert not join(through=DUE).transitions, "never defaulted"
 
 
 def test_naming_the_action_that_was_executed_changes_nothing(join: Both) -> None:
-    assert join.born(decision("a"), reward("a", executed=2))["j"] == b"joined"
+    assert join.born(decision("a"), reward("a", executed="2"))["j"] == b"joined"
 
 
 # Verdicts
@@ -213,7 +213,7 @@ def test_where_a_successor_was_taken_twice_the_one_shipped_last_counts(join: Bot
 
 
 def test_a_voided_step_is_still_what_came_next(join: Both) -> None:
-    join(decision("a", "ep", 0), decision("b", "ep", 1), reward("b", executed=0))
+    join(decision("a", "ep", 0), decision("b", "ep", 1), reward("b", executed="0"))
     assert join.born(reward("a"))["n"] == b"state of b"
 
 

@@ -104,7 +104,7 @@ def test_a_decision_can_be_read_at_every_stage(valkey_url: str, policy: str) -> 
         waits = await streams.read_decision(policy, "a")
         assert waits is not None
         assert (waits.state_name, waits.waiting_for, waits.reward) == ("pending", "reward", None)
-        assert (waits.episode, waits.step, waits.at_ms, waits.due_ms, waits.action) == ("ep", 3, 1_000, 11_000, 2)
+        assert (waits.episode, waits.step, waits.at_ms, waits.due_ms, waits.action) == ("ep", 3, 1_000, 11_000, "2")
         assert (waits.state, waits.mask, waits.record) == (b"state of a", b"\1\0\1", b"record \xff of a")
         assert (waits.producer, waits.epoch, waits.seq) == ("w", 1, 1)
         await streams.ship(call(policy, reward("a", value="0.5", reward_id="r"), seq=2))
@@ -236,6 +236,7 @@ def every_call(policy: str) -> dict[str, Callable[[RedisStreams], Awaitable[Any]
         "ship": lambda streams: streams.ship(call(policy, decision("a"))),
         "read_decision": lambda streams: streams.read_decision(policy, "a"),
         "probe": lambda streams: streams.probe(),
+        "command": lambda streams: streams.command("HGETALL", base(policy)),
         "keyring": lambda streams: streams.keyring("k"),
         "idempotent_begin": lambda streams: streams.idempotent_begin(policy, "k", "d"),
         "idempotent_finish": lambda streams: streams.idempotent_finish(policy, "k", "d", b"r", 1.0),

@@ -104,11 +104,11 @@ class World:
 
     def decision(self, decision_id: str, size: int = 30) -> DecisionEvent:
         now = self.clock.event_ms()
-        return DecisionEvent(decision_id, "", -1, now + WINDOW_MS, now, 1, bytes(16), b"\1\1", os.urandom(size))
+        return DecisionEvent(decision_id, "", -1, now + WINDOW_MS, now, "1", bytes(16), b"\1\1", os.urandom(size))
 
     def reward(self, decision_id: str, digest: str = "same") -> RewardEvent:
         now = self.clock.event_ms()
-        return RewardEvent(decision_id, "", digest, now, now + WINDOW_MS, 0, -1, b"", "1.0", b"")
+        return RewardEvent(decision_id, "", digest, now, now + WINDOW_MS, 0, "", b"", "1.0", b"")
 
     async def ship_all(self) -> None:
         """Run turns until nothing is left, without waiting for time to pass."""

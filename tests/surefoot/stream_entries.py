@@ -33,6 +33,49 @@ RECORD = Record(
     key="user-1",
 )
 
+# Two factors of three and two choices.
+MULTI: dict[str, Any] = {
+    "a": "2,0",
+    "m": b"\1\0\1\1\1",
+    "nm": b"\1\1\1\0\1",
+    "record": {
+        "action_kind": "multi_discrete",
+        "nvec": (3, 2),
+        "action_name": ["far", "off"],
+        "proposed": [1, 0],
+        "target": np.array([0.0, 1.0, 0.0, 1.0, 0.0]).tobytes(),
+        "behaviour": np.array([0.01, 0.0, 0.99, 0.99, 0.01]).tobytes(),
+        "propensity": 0.9802,
+    },
+}
+# Two coordinates, the second open above and at the low end of its box.
+POINT: dict[str, Any] = {
+    "a": "0.5,-0.25",
+    "m": np.array([-1.0, -0.25, 1.0, np.inf]).tobytes(),
+    "nm": np.array([-np.inf, 0.0, 0.5, 1.0]).tobytes(),
+    "record": {
+        "action_kind": "continuous",
+        "head": "gaussian",
+        "action_name": None,
+        "proposed": [0.5, -2.0],
+        "target": np.array([0.25, -1.0, 0.5, 2.0]).tobytes(),
+        "behaviour": b"",
+        "propensity": None,
+        "propensity_kind": "mixed",
+        "log_propensity": -1.75,
+        "sigma": np.array([0.1, 0.2]).tobytes(),
+        "raw_action": np.array([0.5, -3.0]).tobytes(),
+        "raw_log_prob": -2.5,
+        "at_bound": (0, -1),
+        "bounds": np.array([-1.0, -np.inf, 1.0, np.inf]).tobytes(),
+    },
+}
+
+
+def changed(entry: dict[str, Any], /, **changes: Any) -> dict[str, Any]:
+    """The same entry with other fields; those of `record` are changed one by one."""
+    return {**entry, **changes, "record": {**entry["record"], **changes.get("record", {})}}
+
 
 def state(n: int, size: int = 4) -> bytes:
     return (np.arange(size, dtype="<f4") + n).tobytes()
@@ -50,7 +93,7 @@ def fields(n: int, /, **changes: Any) -> dict[str, Any]:
         "ep": "episode",
         "st": n,
         "t": 1_000 + n,
-        "a": 0,
+        "a": "0",
         "s": state(n),
         "m": b"\1\1",
         "d": encode_record(msgspec.structs.replace(RECORD, **record)),

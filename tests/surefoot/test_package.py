@@ -81,6 +81,7 @@ def test_the_answers_have_the_services_fields() -> None:
         (answers.Decision, wire.ActResponse),
         (answers.Exploration, wire.Exploration),
         (answers.Safety, wire.Safety),
+        (answers.PointDistribution, wire.PointDistribution),
         (answers.RewardReceipt, wire.RewardResponse),
         (answers._Columns, wire.ActBatchResponse),
     ):

@@ -64,6 +64,11 @@ def test_a_float32_arrives_as_the_same_float32(value: float) -> None:
         (lambda: protocol.act({"cpu": np.float32("nan")}), "state.cpu"),
         (lambda: protocol.act([0.0], context={"hour": math.nan}), "context.hour"),
         (lambda: protocol.act_batch(np.array([[0.0], [math.nan]])), "states[1][0]"),
+        (lambda: protocol.act([0.0], allowed_actions={"low": [0.0, math.nan]}), "allowed_actions.low[1]"),
+        (lambda: protocol.act([0.0], allowed_actions={"low": np.array([math.inf])}), "allowed_actions.low[0]"),
+        (lambda: protocol.act([0.0], allowed_actions={"high": (-math.inf,)}), "allowed_actions.high[0]"),
+        (lambda: protocol.act_batch([[0.0]], allowed_actions=[{"high": [math.nan]}]), "allowed_actions[0].high[0]"),
+        (lambda: protocol.reward("d", 1.0, executed_action=np.array([0.0, math.nan])), "executed_action[1]"),
         (lambda: protocol.reward("d", math.nan), "reward"),
         (lambda: protocol.reward("d", 1.0, next_state=[math.nan]), "next_state[0]"),
         (lambda: protocol.reward("d", 1.0, metrics={"ms": math.inf}), "metrics.ms"),
@@ -84,6 +89,7 @@ def test_what_is_not_finite_is_refused_before_it_is_sent(call: Any, field: str) 
         (lambda: protocol.act([object()]), "state[0]"),
         (lambda: protocol.act({1: 0.5}), "state"),
         (lambda: protocol.act(np.array([1j])), "state"),
+        (lambda: protocol.act_batch([[0.0]], allowed_actions=cast(Any, {"low": [0.0]})), "allowed_actions"),
         (lambda: protocol.reward("d", True), "reward"),
         (lambda: protocol.reward("d", cast(Any, "1.0")), "reward"),
     ],
@@ -127,6 +133,45 @@ def test_everything_that_was_given_is_sent() -> None:
         "decision_id": "d", "reward": 0.5, "reward_id": "r", "next_state": [1], "executed_action": 0,
         "final": True, "terminated": True, "truncated": True, "executed": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (["hold", 2], ["hold", 2]),
+        (np.array([0, 2]), [0, 2]),
+        ([["near", 2], None], [["near", 2], None]),
+        ([np.array([0, 1]), None], [[0, 1], None]),
+        ({"low": np.array([0.5, -math.inf], np.float32)}, {"low": [0.5, None]}),
+        ({"low": [0, None], "high": (math.inf, 1)}, {"low": [0, None], "high": [None, 1]}),
+        ({"low": None, "high": np.array([1, 2])}, {"low": None, "high": [1, 2]}),
+        ({"high": [np.float32(math.inf), np.float32(0.5)]}, {"high": [None, 0.5]}),
+        ({"lower": [0.5]}, {"lower": [0.5]}),  # the service will say that there is no such field
+        ({"low": 0.5}, {"low": 0.5}),
+    ],
+    ids=str,
+)
+def test_what_is_allowed_is_sent_in_the_services_form(given: Any, sent: Any) -> None:
+    assert body(protocol.act([0.5], allowed_actions=given))["allowed_actions"] == sent
+    columns = protocol.act_batch([[0.5], [0.5]], allowed_actions=[given, None])
+    assert body(columns)["allowed_actions"] == [sent, None]
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [(np.int64(1), 1), (np.array([1, 0]), [1, 0]), (["far", 0], ["far", 0]), (np.array([0.5, -1.0]), [0.5, -1.0])],
+    ids=str,
+)
+def test_an_executed_action_may_be_an_array(given: Any, sent: Any) -> None:
+    assert body(protocol.reward("d", 1.0, executed_action=given))["executed_action"] == sent
+    (item,) = body(protocol.reward_batch([{"decision_id": "d", "reward": 1.0, "executed_action": given}]))["rewards"]
+    assert item["executed_action"] == sent
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4))
+def test_a_point_is_sent_back_bit_for_bit(point: list[float]) -> None:
+    sent = body(protocol.reward("d", 1.0, executed_action=np.array(point)))["executed_action"]
+    assert np.array(sent, np.float64).tobytes() == np.array(point).tobytes()
 
 
 def test_an_id_is_quoted_in_a_path() -> None:

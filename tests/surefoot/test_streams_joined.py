@@ -41,14 +41,14 @@ def decision(n: int, episode: str = "e", step: int | None = None) -> DecisionEve
         step=n if step is None else step,
         due_ms=1_000 + n + WINDOW_MS,
         at_ms=1_000 + n,
-        action=n % 2,
+        action=str(n % 2),
         state=state(n),
         mask=b"\1\1" if n % 2 else b"\1\0",
         record=encode_record(RECORD),
     )
 
 
-def reward(n: int, flags: RewardFlags = RewardFlags.NONE, next_state: bytes = b"", executed: int = -1) -> RewardEvent:
+def reward(n: int, flags: RewardFlags = RewardFlags.NONE, next_state: bytes = b"", executed: str = "") -> RewardEvent:
     return RewardEvent(
         id=f"{n:060x}",
         reward_id="",
@@ -102,7 +102,7 @@ def test_ends_of_every_kind(valkey: Valkey, policy: str, shipper: Shipper) -> No
     shipper.ship(decision(1, "b"), reward(1, RewardFlags.TRUNCATED))
     shipper.ship(decision(2, ""), reward(2))
     shipper.ship(decision(3, "c"), reward(3, RewardFlags.NOT_EXECUTED))
-    shipper.ship(decision(4, "d"), reward(4, executed=1))
+    shipper.ship(decision(4, "d"), reward(4, executed="1"))
     shipper.ship(decision(5, "f"), through_ms=5_000)
     with reader(valkey, policy) as stream:
         batch = next(stream)

@@ -1,0 +1,146 @@
+"""EDGE: one open ONNX Runtime session, and how it is asked. With `engine.py` the only importer of onnxruntime.
+
+Duty: states, mask and memory in, one row of numbers for each state out, whatever the network calls its tensors and
+however it takes batches. It knows nothing of golden vectors, time or devices beyond what it is told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# ONNX Runtime's Linux builds report usage to their vendor unless told not to. A policy server does not phone home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
+
+from policies.bundle import Interface
+from policies.errors import BundleError
+from policies.heads import index_rows
+from policies.types import Bools, Choices
+
+Outputs = npt.NDArray[np.floating]
+Memory = npt.NDArray[np.floating]  # [B, memory_size], all states of an episode side by side
+Feeds = dict[str, npt.NDArray[Any]]
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def available_providers() -> list[str]:
+    """What this build of ONNX Runtime could run on; whether the machine can is another question."""
+    return list(ort.get_available_providers())
+
+
+class Network:
+    """A network that answers `ask`."""
+
+    def __init__(self, model: bytes, interface: Interface, providers: Sequence[Any] = (CPU,)) -> None:
+        """Open a session. Raises BundleError when ONNX Runtime cannot."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1  # a pool for each session would fight the event loop for cores
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Otherwise bytes that say so are read as ONNX Runtime's own format, which no check of `graph.py` has seen.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        try:
+            self.session = ort.InferenceSession(model, options, providers=list(providers))
+        except Exception as error:
+            detail = f"ONNX Runtime cannot load the network: {error}; export it again, with opset_version=17"
+            raise BundleError(detail, "model.onnx", "load") from None
+        self.interface = interface
+        self._outputs = [interface.output, *([interface.log_std] if interface.log_std else [])]
+        self._heads = len(self._outputs)
+        self._outputs += [state.output for state in interface.recurrent]
+        taken = {value.name: value.type for value in self.session.get_inputs()}
+        self._mask_dtype = {"tensor(bool)": np.bool_, "tensor(double)": np.float64}.get(
+            taken.get(interface.mask or "", ""), np.float32
+        )
+
+    @property
+    def provider(self) -> str:
+        """Where the session really runs."""
+        return str(self.session.get_providers()[0])
+
+    def first_memory(self, rows: int) -> Memory:
+        """What a recurrent network remembers of an episode that has not begun, [rows, memory_size]."""
+        doubles = any(state.dtype == "float64" for state in self.interface.recurrent)
+        return np.zeros((rows, self.interface.memory_size), dtype=np.float64 if doubles else np.float32)
+
+    def ask(
+        self, states: npt.NDArray[np.floating], mask: Bools | None = None, memory: Memory | None = None
+    ) -> tuple[Outputs, Memory]:
+        """Ask for rows [B, width] and the memory after the step, [B, memory_size].
+
+        mask: bool [B, N], for networks with a mask input; all allowed unless given. memory: as `first_memory` unless
+        given. Raises RuntimeError when the network fails or answers with another shape.
+        """
+        if memory is None:
+            memory = self.first_memory(len(states))
+        step = 1 if self.interface.one_by_one else max(1, len(states))
+        parts = []
+        for start in range(0, len(states), step):
+            part = slice(start, start + step)
+            feeds = self._feeds(states[part], None if mask is None else mask[part], memory[part])
+            parts.append(self._read(self._run(feeds), len(states[part])))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([rows for rows, _ in parts]), np.concatenate([after for _, after in parts])
+
+    def _run(self, feeds: Feeds) -> list[npt.NDArray[Any]]:
+        try:
+            return list(self.session.run(self._outputs, feeds))
+        except Exception as error:  # ONNX Runtime raises a dozen types of its own, all from pybind
+            raise RuntimeError(str(error)) from error
+
+    def _feeds(self, states: npt.NDArray[np.floating], mask: Bools | None, memory: Memory) -> Feeds:
+        feeds: Feeds = {self.interface.input: states}
+        if self.interface.mask is not None:
+            allowed = np.ones((len(states), self.interface.action.size), np.bool_) if mask is None else mask
+            feeds[self.interface.mask] = allowed.astype(self._mask_dtype)
+        start = 0
+        for state in self.interface.recurrent:
+            size = int(np.prod(state.shape, dtype=np.int64))
+            own = memory[:, start : start + size].reshape(len(states), *state.shape).astype(state.dtype)
+            feeds[state.input] = np.ascontiguousarray(np.moveaxis(own, 0, state.batch_axis))
+            start += size
+        return feeds
+
+    def _read(self, answers: list[npt.NDArray[Any]], count: int) -> tuple[Outputs, Memory]:
+        rows = self._rows(answers[: self._heads], count)
+        memory = self.first_memory(count)
+        start = 0
+        for state, answer in zip(self.interface.recurrent, answers[self._heads :], strict=True):
+            size = int(np.prod(state.shape, dtype=np.int64))
+            after = np.moveaxis(answer, state.batch_axis, 0)
+            if after.shape != (count, *state.shape):
+                raise RuntimeError(f"state {state.output!r} came out with shape {answer.shape}")
+            memory[:, start : start + size] = after.reshape(count, size)
+            start += size
+        return rows, memory
+
+    def _rows(self, heads: Sequence[npt.NDArray[Any]], count: int) -> Outputs:
+        interface = self.interface
+        if interface.head == "action" and isinstance(interface.action, Choices):
+            if heads[0].size != count * len(interface.action.nvec):
+                raise RuntimeError(f"the network answered {count} states with shape {heads[0].shape}")
+            return index_rows(heads[0].reshape(count, -1), interface.action.nvec)
+        if any(head.ndim != 2 for head in heads):
+            raise RuntimeError(f"the network answered with shape {heads[0].shape}, not [batch, {interface.width}]")
+        rows = heads[0] if len(heads) == 1 else np.concatenate(list(heads), axis=1)
+        if rows.shape != (count, interface.width):
+            raise RuntimeError(f"the network answered {count} states with shape {rows.shape}")
+        return rows
+
+
+def golden_outputs(model: bytes, interface: Interface, states: npt.NDArray[np.floating]) -> Outputs:
+    """Ask a network on the CPU what its golden vectors are, rows [G, width], each from an empty memory.
+
+    Raises BundleError when it cannot be run.
+    """
+    try:
+        return Network(model, interface).ask(states)[0]
+    except RuntimeError as error:
+        raise BundleError(f"ONNX Runtime cannot run the network: {error}", "model.onnx", "load") from None

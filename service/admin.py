@@ -1,0 +1,129 @@
+"""The admin routes: policies, their versions, how they are deployed. On FastAPI, below `/admin`.
+
+Duty: HTTP to calls of `changes.py`, and what a worker knows to JSON. An ETag is a deployment's generation; a change
+names the generation that it replaces as If-Match.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.responses import JSONResponse
+
+from policies.deployment import Deployment
+from policies.errors import InvalidField, UnknownPolicy, UnknownVersion
+from service import access
+from service.access import Worker
+from service.runtime import Runtime
+from service.standing import PolicyState
+from service.upload import read_upload
+from service.views import deployment_view, policy_view, version_line, version_view
+from service.wire import decode
+
+router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.admin)])
+BY = "admin"  # one token so far, so one name
+IfMatch = Annotated[str | None, Header(alias="If-Match")]
+_BUNDLE = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/x-tar": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["policy.yaml", "model.onnx", "golden.json"],
+                    "properties": {
+                        name: {"type": "string", "format": "binary"}
+                        for name in ("policy.yaml", "model.onnx", "golden.json", "model.sig")
+                    },
+                }
+            },
+        },
+    }
+}
+_DEPLOYMENT = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
+
+
+@router.get("/policies", summary="What there is: policies, their versions, who decides")
+async def policies(worker: Worker) -> list[dict[str, Any]]:
+    return [policy_view(state) for _, state in sorted(worker.catalog.states.items()) if state.labels]
+
+
+@router.get("/policies/{policy}", summary="One policy: its deployment, its versions")
+async def policy(policy: str, worker: Worker) -> JSONResponse:
+    state = _find(worker, policy)
+    return JSONResponse(policy_view(state), headers=_tag(state))
+
+
+@router.get("/policies/{policy}/deployment", summary="How a policy is deployed; its ETag is what a change must name")
+async def deployment(policy: str, worker: Worker) -> JSONResponse:
+    state = _find(worker, policy)
+    if state.document is None:
+        raise UnknownPolicy(f"{policy!r} has versions but is not deployed", "policy")
+    return JSONResponse(deployment_view(state.document), headers=_tag(state))
+
+
+@router.put("/policies/{policy}/deployment", summary="Say which version decides, and how", openapi_extra=_DEPLOYMENT)
+async def deploy(policy: str, request: Request, worker: Worker, if_match: IfMatch = None) -> JSONResponse:
+    body = await request.body()
+    state = await worker.changes.deploy(policy, decode(body, Deployment), _generation(if_match), BY)
+    return JSONResponse(policy_view(state), headers=_tag(state))
+
+
+@router.post(
+    "/policies/{policy}/versions",
+    status_code=201,
+    summary="Push a version: a tar of its bundle, or a form with its files",
+    openapi_extra=_BUNDLE,
+)
+async def push(policy: str, request: Request, worker: Worker) -> JSONResponse:
+    kind = request.headers.get("content-type", "")
+    files = await read_upload(kind, request.stream(), worker.settings.body_timeout_s)
+    pushed = await worker.changes.push(policy, files, BY)
+    body = version_line(pushed.state, pushed.version) | {"policy": policy, "warnings": pushed.warnings}
+    where = f"/admin/policies/{policy}/versions/{pushed.version}"
+    return JSONResponse(body, 201 if pushed.new else 200, {"Location": where})
+
+
+@router.get("/policies/{policy}/versions", summary="All versions of a policy")
+async def versions(policy: str, worker: Worker) -> list[dict[str, Any]]:
+    state = _find(worker, policy)
+    return [version_line(state, label) for label in sorted(state.labels)]
+
+
+@router.get("/policies/{policy}/versions/{label}", summary="One version: manifest, spaces, where it runs, its role")
+async def version(policy: str, label: str, worker: Worker) -> Response:
+    state = _find(worker, policy)
+    if label not in state.labels:
+        raise UnknownVersion(f"there is no version {policy}/{label}", "version")
+    view = await version_view(state, label, worker.catalog.loading)
+    return Response(msgspec.json.encode(view), media_type="application/json")
+
+
+@router.delete("/policies/{policy}/versions/{label}", status_code=204, summary="Delete a version that is not live")
+async def delete(policy: str, label: str, worker: Worker) -> Response:
+    await worker.changes.delete(policy, label)
+    return Response(status_code=204)
+
+
+def _find(worker: Runtime, policy: str) -> PolicyState:
+    state = worker.catalog.states.get(policy)
+    if state is None or not state.labels:
+        raise UnknownPolicy(f"there is no policy {policy!r}", "policy")
+    return state
+
+
+def _tag(state: PolicyState) -> dict[str, str]:
+    return {"ETag": f'"{state.generation}"'}
+
+
+def _generation(if_match: str | None) -> int | None:
+    if if_match is None:
+        return None
+    found = re.fullmatch(r'"?(\d{1,15})"?', if_match.strip())
+    if found is None:
+        raise InvalidField(f'If-Match is a deployment\'s ETag, like "3", not {if_match!r}', "If-Match")
+    return int(found[1])

@@ -1,0 +1,154 @@
+"""What may be changed at run time: versions pushed and deleted, deployments replaced. Each in a fixed order of steps.
+
+    push:    gate -> alike? -> store -> tell the others -> a new policy is deployed -> loaded here
+    deploy:  versions there? -> loaded here? -> compare and set -> served here
+    delete:  not live? -> kept out of deployments -> out of the store -> tell the others
+
+Duty: the order, and the refusals. It knows nothing of HTTP.
+Promise: an answer means that this worker has it: the version is loaded, the deployment served. The other replicas
+follow by polling. Whatever is refused has changed nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from policies.bundle import PolicyBundle
+from policies.deployment import Deployment
+from policies.errors import (
+    BundleError,
+    GenerationMissing,
+    GenerationMoved,
+    InvalidField,
+    SurefootError,
+    UnknownPolicy,
+    UnknownVersion,
+    VersionExists,
+    VersionLive,
+    VersionReadOnly,
+)
+from policies.store import StoredVersion, difference, refs_of
+from service.catalog import Catalog
+from service.clock import Clock
+from service.control import Going, Moved
+from service.gate import warnings_of
+from service.standing import Document, PolicyState
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What became of a push. `new`: false when the same content stood under the label already."""
+
+    state: PolicyState
+    digest: str
+    version: str
+    warnings: list[str]
+    new: bool
+
+
+class Changes:
+    """Changes of one worker's catalog, and through the store and Redis of all others'."""
+
+    def __init__(self, catalog: Catalog, clock: Clock) -> None:
+        self._catalog = catalog
+        self._clock = clock
+        self._pushing = asyncio.Lock()  # uploads are large: one at a time
+
+    async def push(self, policy: str, files: Mapping[str, bytes], by: str) -> Pushed:
+        """Add a version. Raises BundleError, InvalidField, VersionExists, StoreAway or BundlesAway."""
+        async with self._pushing:
+            bundle = await self._catalog.loading.check(files)
+            if bundle.policy != policy:
+                raise InvalidField(f"the manifest says policy {bundle.policy!r}, the path says {policy!r}", "policy")
+            state = await self._catalog.refresh(policy)
+            new = await self._put(state, bundle, files, by)
+            if state.document is None:
+                await self._first(state, bundle.version, by)
+            await self._catalog.converge()
+            if not state.has(bundle.version):
+                await self._try_to_load(state, bundle.version)
+            return Pushed(state, bundle.digest, bundle.version, warnings_of(bundle), new)
+
+    async def deploy(self, policy: str, wanted: Deployment, expected: int | None, by: str) -> PolicyState:
+        """Replace a policy's deployment, if it is still at the expected generation.
+
+        Raises InvalidField, BundleError, UnknownPolicy, GenerationMissing, GenerationMoved, StoreAway or BundlesAway.
+        """
+        state = await self._catalog.refresh(policy)
+        if not state.labels:
+            raise UnknownPolicy(f"there is no policy {policy!r}; push a version of it first", "policy")
+        if wanted.policy != policy:
+            raise InvalidField(f"the deployment says policy {wanted.policy!r}, the path says {policy!r}", "policy")
+        if expected is None and state.generation:
+            detail = f"the deployment is at generation {state.generation}: read it, and send its ETag as If-Match"
+            raise GenerationMissing(detail, "If-Match")
+        for label, at in wanted.by_role.items():
+            if label not in state.labels:
+                raise InvalidField(f"{policy} has no version {label!r}", at)
+            await self._catalog.require(state, label)
+        await self._set(state, wanted, expected or 0, by)
+        await self._catalog.converge()
+        return state
+
+    async def delete(self, policy: str, label: str) -> None:
+        """Remove a version. Raises UnknownVersion, VersionLive, VersionReadOnly, StoreAway or BundlesAway."""
+        state = await self._catalog.refresh(policy)
+        entry = state.known.versions.get(label)
+        if label not in state.labels:
+            raise UnknownVersion(f"there is no version {policy}/{label}", "version")
+        if label in state.live:
+            raise VersionLive(
+                f"{policy}/{label} is live: promote another version before you delete this one", "version"
+            )
+        if entry is None:
+            detail = f"{policy}/{label} lies in the service's directory of policies: remove it there"
+            raise VersionReadOnly(detail, "version")
+        await self._catalog.control.retire(policy, label)
+        await self._catalog.store.delete(entry)
+        await self._catalog.control.touch(policy)
+        await self._catalog.converge()
+
+    async def _put(self, state: PolicyState, bundle: PolicyBundle, files: Mapping[str, bytes], by: str) -> bool:
+        label, standing = bundle.version, state.digest(bundle.version)
+        if standing is None:
+            champion = state.champion
+            if champion is not None and (found := difference(bundle, champion)):
+                raise BundleError(found[1], found[0], "spec")
+            now_ms = self._clock.event_ms()
+            refs = await asyncio.to_thread(refs_of, files)  # 256 MB take half a second
+            entry = StoredVersion(state.name, label, bundle.digest, refs, now_ms, by)
+            stands = await self._catalog.store.put(entry, files)
+            standing = stands.digest
+            if stands == entry:
+                await self._catalog.loading.keep(entry, files)
+                await self._catalog.control.welcome(state.name, label)
+                await self._catalog.control.touch(state.name)
+                return True
+        if standing != bundle.digest:
+            detail = f"{state.name}/{label} stands with other content (digest {standing[:12]}): versions never change"
+            raise VersionExists(f"{detail}; push under another label", "version")
+        return False
+
+    async def _first(self, state: PolicyState, label: str, by: str) -> None:
+        """Deploy the first version of a new policy. Another push may have been faster, and that is well, too."""
+        document = Document(1, Deployment(schema=1, policy=state.name, champion=label), self._clock.event_ms(), by)
+        await self._catalog.control.change(state.name, document, unwritten=0)
+
+    async def _set(self, state: PolicyState, wanted: Deployment, expected: int, by: str) -> None:
+        unwritten = 0 if state.seeded is None else 1
+        document = Document(expected + 1, wanted, self._clock.event_ms(), by)
+        refused = await self._catalog.control.change(state.name, document, unwritten)
+        if isinstance(refused, Moved):
+            detail = f"the deployment is at generation {refused.generation}, not {expected}: read it again"
+            raise GenerationMoved(detail, "If-Match")
+        if isinstance(refused, Going):
+            raise InvalidField(f"{state.name}/{refused.version} is being deleted", wanted.by_role[refused.version])
+
+    async def _try_to_load(self, state: PolicyState, label: str) -> None:
+        """Load what was pushed. It is registered whatever comes of it; why it is not loaded stands in its view."""
+        try:
+            await self._catalog.require(state, label)
+        except SurefootError:
+            return

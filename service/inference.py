@@ -1,0 +1,127 @@
+"""A group's rows through their version's network: inline or on the device's thread, with mask and memory.
+
+Duty: fill `group.outputs`, or `group.failure`; recurrent versions step episode by episode. It draws nothing, records
+nothing, and never raises.
+Strategy: predicted up to 500 µs on a CPU a call runs inline on the loop; above, or on a GPU, on the one thread of the
+device, with a deadline. Rows of one episode take their steps one after the other, in waves of at most one row per
+episode, each wave one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from typing import cast
+
+import numpy as np
+import structlog
+
+from policies.engine import Engine
+from policies.network import Memory, Outputs
+from policies.types import Bools
+from safety.mask import request_mask
+from service.clock import Clock
+from service.memory import Memories
+from service.plan import Group
+
+# Above this predicted duration a call leaves the event loop: a thread hop costs 30 to 60 µs itself.
+INLINE_S = 500e-6
+
+log = structlog.get_logger(__name__)
+
+
+class Inference:
+    """The networks of one policy, as its pipeline asks them."""
+
+    def __init__(self, device: Executor, clock: Clock, timeout_s: float, memories: Memories) -> None:
+        self._device = device
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self.memories = memories
+
+    async def run(self, group: Group) -> None:
+        """Ask the group's network about its rows."""
+        bundle, started = group.version.bundle, self._clock.monotonic_s()
+        try:
+            if bundle.interface.recurrent:
+                group.outputs = await self._steps(group)
+            else:
+                group.outputs, _ = await self._call(group.version.engine, group.states, _mask(group), None)
+        except TimeoutError:
+            group.failure = "inference_timeout"
+        except Exception as error:
+            group.failure = "inference_failed"
+            log.error("inference_failed", policy=bundle.policy, version=bundle.version, error=str(error))
+        group.infer_s = self._clock.monotonic_s() - started
+        group.version.metrics.inference.observe(group.infer_s)
+
+    async def _call(
+        self, engine: Engine, states: Outputs, mask: Bools | None, memory: Memory | None
+    ) -> tuple[Outputs, Memory]:
+        if engine.device == "cpu" and engine.predicted_s(len(states)) <= INLINE_S:
+            return engine.step(states, mask, memory)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self._timeout_s):
+            return await loop.run_in_executor(self._device, engine.step, states, mask, memory)
+
+    async def _steps(self, group: Group) -> Outputs:
+        mask = _mask(group)
+        outputs: Outputs | None = None
+        for wave in _waves([row.episode for row in group.rows]):
+            before = self._recall(group, wave)
+            try:
+                rows, after = await self._call(
+                    group.version.engine, group.states[wave], None if mask is None else mask[wave], before
+                )
+            except BaseException:
+                self._keep(group, wave, before, None)
+                raise
+            self._keep(group, wave, before, after)
+            if outputs is None:
+                outputs = np.empty((len(group.rows), rows.shape[1]), dtype=rows.dtype)
+            outputs[wave] = rows
+        assert outputs is not None
+        return outputs
+
+    def _recall(self, group: Group, wave: list[int]) -> Memory:
+        memory = group.version.engine.first_memory(len(wave))
+        now_s, digest = self._clock.monotonic_s(), group.version.bundle.digest
+        for at, i in enumerate(wave):
+            row = group.rows[i]
+            if row.episode is not None:
+                found = self.memories.recall(row.episode, row.step, digest, now_s)
+                group.state_reset[i] = found.reset
+                if found.row is not None:
+                    memory[at] = found.row
+        return memory
+
+    def _keep(self, group: Group, wave: list[int], before: Memory, after: Memory | None) -> None:
+        now_s, digest = self._clock.monotonic_s(), group.version.bundle.digest
+        for at, i in enumerate(wave):
+            row = group.rows[i]
+            if row.episode is not None:
+                new = None if after is None else after[at].copy()  # a view would keep the whole batch alive
+                self.memories.keep(row.episode, row.step, digest, group.ids[i], before[at].copy(), new, now_s)
+
+
+def _mask(group: Group) -> Bools | None:
+    """What the callers allow, for a network that wants to know. Rules see its answer, not its question."""
+    bundle = group.version.bundle
+    if bundle.interface.mask is None:
+        return None
+    return request_mask([cast(tuple[int, ...] | None, row.allowed) for row in group.rows], bundle.action.size)
+
+
+def _waves(episodes: list[str | None]) -> list[list[int]]:
+    """Rows in as few waves as hold each episode once at most, in their order."""
+    waves: list[list[int]] = []
+    seen: dict[str, int] = {}
+    for i, episode in enumerate(episodes):
+        wave = 0
+        if episode is not None:
+            wave = seen.get(episode, 0)
+            seen[episode] = wave + 1
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(i)
+    return waves

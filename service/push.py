@@ -1,0 +1,111 @@
+"""EDGE: the admin API as a command line calls it: push, list, promote and delete versions. By httpx.
+
+Duty: one function for each command; the answer as a dict, or an error of the tree in the service's own words. It knows
+no bundle format: files are sent as they are.
+Strategy: synchronous, one connection for each call. Nothing is repeated: a push that was cut off may be sent again,
+since the same content under the same label is the same version.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import httpx
+
+from policies.errors import SurefootError
+
+# Trial of the bundle (up to a minute) and 256 MB over a slow line; connecting is another matter.
+TIMEOUT = httpx.Timeout(300.0, connect=5.0)
+
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # addresses to listen on, not to call
+
+
+class Refusal(SurefootError):
+    """What the service, or the way to it, said. `detail` is for people; the fields are the problem's."""
+
+    code: ClassVar[str] = SurefootError.code
+
+    def __init__(self, detail: str, problem: Mapping[str, Any] | None = None) -> None:
+        self.problem = dict(problem or {})
+        errors = self.problem.get("errors") or [{}]
+        super().__init__(detail, errors[0].get("field"))
+        self.check = self.problem.get("check")
+
+
+def push(files: Mapping[str, bytes], url: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """Send a bundle's files, by name. Gives version, digest, warnings, and `new`: whether it was not there yet.
+
+    Raises Refusal naming check, field and what to do.
+    """
+    from policies.manifest import MANIFEST, read_manifest
+
+    manifest = read_manifest(files.get(MANIFEST, b""))
+    parts = [(name, (name, content, "application/octet-stream")) for name, content in files.items()]
+    response = _call("POST", f"/admin/policies/{manifest.policy}/versions", url, token, files=parts)
+    return {**response.json(), "new": response.status_code == 201}
+
+
+def versions(policy: str, url: str | None = None, token: str | None = None) -> list[dict[str, Any]]:
+    """List a policy's versions. Raises Refusal."""
+    found: list[dict[str, Any]] = _call("GET", f"/admin/policies/{policy}/versions", url, token).json()
+    return found
+
+
+def promote(policy: str, version: str, url: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """Make a version the champion; a challenger that it was is none any more. Gives the policy's new view.
+
+    Raises Refusal, also when somebody else changed the deployment meanwhile.
+    """
+    path = f"/admin/policies/{policy}/deployment"
+    standing = _call("GET", path, url, token)
+    deployment = standing.json()
+    deployment["champion"] = version
+    deployment["challengers"] = [each for each in deployment["challengers"] if each["version"] != version]
+    answer = _call("PUT", path, url, token, json=deployment, headers={"If-Match": standing.headers["etag"]})
+    view: dict[str, Any] = answer.json()
+    return view
+
+
+def delete(policy: str, version: str, url: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """Delete a version that is not live. Raises Refusal."""
+    _call("DELETE", f"/admin/policies/{policy}/versions/{version}", url, token)
+    return {"policy": policy, "version": version, "deleted": True}
+
+
+def address() -> str:
+    """Where a service with this environment's settings listens."""
+    host = os.environ.get("SUREFOOT_HOST") or "127.0.0.1"
+    if host in EVERYWHERE:
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{os.environ.get('SUREFOOT_PORT') or 8080}"
+
+
+def _call(method: str, path: str, url: str | None, token: str | None, **options: Any) -> httpx.Response:
+    base, token = (url or address()).rstrip("/"), token or os.environ.get("SUREFOOT_ADMIN_TOKEN")
+    headers = options.pop("headers", {}) | ({"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        response = httpx.request(method, base + path, headers=headers, timeout=TIMEOUT, **options)
+    except httpx.InvalidURL as error:
+        raise Refusal(f"{base} is no URL: {error}") from None
+    except httpx.HTTPError as error:
+        raise Refusal(f"{base} does not answer ({error or type(error).__name__}); is the service running?") from None
+    if response.is_success:
+        return response
+    raise _refusal(response, bool(token))
+
+
+def _refusal(response: httpx.Response, with_token: bool) -> Refusal:
+    try:
+        problem = response.json()
+        detail = str(problem["detail"])
+    except (ValueError, KeyError, TypeError):
+        return Refusal(f"{response.url} answered {response.status_code}, and not like a Surefoot service")
+    if response.status_code == 401:
+        hint = "the token is not the service's" if with_token else "no token was sent"
+        return Refusal(f"{hint}: give --token or SUREFOOT_ADMIN_TOKEN", problem)
+    fields = ", ".join(each["field"] for each in problem.get("errors", []) if each.get("field"))
+    said = {"check": problem.get("check"), "field": fields}
+    where = "".join(f"\n  {name}: {value}" for name, value in said.items() if value)
+    return Refusal(f"refused ({problem['code']}): {detail}{where}", problem)

@@ -1,0 +1,124 @@
+"""The pipelines of a worker: a policy gets one when it is first published, and a new plan whenever something changes.
+
+Duty: everything that has to know of a policy learns of it here, in one step of the event loop: hot routes, rewards, the
+join's configuration, shipper, metrics. It does not know where versions come from: `catalog.py` says what is published.
+Promise: a request sees a policy wholly as it was or wholly as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from policies.deployment import Deployment
+from policies.route import Routes
+from service.act import Decider
+from service.clock import Clock
+from service.coalesce import Coalescer
+from service.hot import Served
+from service.ids import Keyring, policy_digest
+from service.inference import Inference
+from service.ledger import Ledger
+from service.memory import Memories
+from service.metrics import Metrics
+from service.plan import LoadedVersion, Plan
+from service.redis_streams import JoinConfig
+from service.rewards import Rewarded
+from service.settings import Settings
+from service.shipper import Shipper
+from service.states import StateReader
+
+DAY_MS = 86_400_000
+STANDBY = "standby"  # loaded and ready, but without a role
+
+
+@dataclass
+class Serving:
+    """The policies that this worker serves. The three mappings are read by others while they change here."""
+
+    settings: Settings
+    ledger: Ledger
+    shipper: Shipper
+    keyring: Keyring
+    clock: Clock
+    metrics: Metrics
+    device: Executor
+    configs: dict[str, JoinConfig]
+    policies: dict[str, Served] = field(default_factory=dict)
+    rewarded: dict[bytes, Rewarded] = field(default_factory=dict)
+    _listed: dict[str, dict[str, tuple[str, str, str, str]]] = field(default_factory=dict)
+
+    def publish(self, plan: Plan, deployment: Deployment) -> None:
+        """Serve a policy by this plan from the next batch on."""
+        name, settings = plan.policy, self.settings
+        self.configs[name] = JoinConfig(
+            max_lag_ms=int(settings.max_lag_s * 1000),
+            record_ttl_ms=int(settings.record_ttl_s * 1000),
+            # A successor's state must be there when its predecessor closes, however late its producer ships.
+            successor_ttl_ms=int((deployment.reward.window_s + settings.max_lag_s) * 1000) + DAY_MS,
+            default_reward=repr(deployment.reward.default),
+        )
+        served = self.policies.get(name)
+        if served is None:
+            served = self._open(plan)
+        else:
+            served.coalescer.decider.plan = plan
+        self.rewarded[plan.digest] = Rewarded(
+            name, plan.observation, plan.action, served.states, plan.window_ms, served.coalescer.decider.memories.ended
+        )
+        self.policies[name] = served
+        self._list(plan, deployment)
+
+    async def aclose(self) -> None:
+        """Wait until every row that was submitted has its outcome."""
+        for served in self.policies.values():
+            await served.coalescer.aclose()
+
+    def _open(self, plan: Plan) -> Served:
+        settings = self.settings
+        self.shipper.register(plan.policy)
+        memories = Memories(settings.recurrent_memory_bytes, settings.recurrent_ttl_s)
+        inference = Inference(self.device, self.clock, settings.inference_timeout_s, memories)
+        decider = Decider(plan, self.ledger, self.keyring, self.clock, self.metrics, inference)
+        coalescer = Coalescer(decider, settings.max_batch)
+        return Served(plan.policy, plan.observation, plan.action, StateReader(plan.observation), coalescer)
+
+    def _list(self, plan: Plan, deployment: Deployment) -> None:
+        """Tell the metrics what is loaded, in which role; series of versions that are not loaded any more go."""
+        before, name = self._listed.get(plan.policy, {}), plan.policy
+        now = {
+            label: (name, label, version.bundle.digest, deployment.role_of(label) or STANDBY)
+            for label, version in plan.versions.items()
+        }
+        for label, labels in before.items():
+            if now.get(label) != labels:
+                self.metrics.info.remove(*labels)
+            if label not in now:
+                self.metrics.forget(name, label)
+        for labels in now.values():
+            self.metrics.info.labels(*labels).set(1)
+        self.metrics.loaded.labels(name).set(len(now))
+        self._listed[name] = now
+
+
+def plan_of(policy: str, generation: int, deployment: Deployment, versions: Mapping[str, LoadedVersion]) -> Plan:
+    """Build the plan for a deployment whose versions are all among those that are loaded."""
+    challenger = deployment.challengers[0] if deployment.challengers else None
+    champion = versions[deployment.champion].bundle
+    return Plan(
+        policy=policy,
+        digest=policy_digest(policy),
+        generation=generation,
+        routes=Routes(
+            salt=policy_digest(policy),
+            champion=deployment.champion,
+            challenger=challenger.version if challenger else None,
+            weight=challenger.weight if challenger else 0.0,
+            route_by=deployment.route_by,
+        ),
+        versions=dict(versions),
+        window_ms=int(deployment.reward.window_s * 1000),
+        observation=champion.observation,
+        action=champion.action,
+    )

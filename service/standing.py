@@ -1,0 +1,126 @@
+"""One policy as a worker knows it: what is asked for, what there is, what is loaded, what is served. Pure.
+
+Duty: the questions that `catalog.py` asks before it acts. It knows no clock, no Redis and no thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+from policies.bundle import PolicyBundle
+from policies.deployment import Deployment
+from policies.store import StoredPolicy, StoredVersion
+from service.plan import LoadedVersion
+
+
+class Document(Struct, frozen=True):
+    """How a policy is deployed, since when, by whom. Invariant: generation grows by one with each change."""
+
+    generation: int
+    deployment: Deployment
+    changed_at_ms: int
+    changed_by: str
+
+
+class Known(Struct, frozen=True):
+    """What is known of one policy: the number of its last change, its document if there is one, its versions."""
+
+    rev: int = 0
+    document: Document | None = None
+    versions: dict[str, StoredVersion] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a version is not loaded here."""
+
+    reason: str
+    check: str | None
+    at_s: float  # monotonic
+
+
+@dataclass
+class PolicyState:
+    """Invariant: the labels that `served` names are in `loaded`."""
+
+    name: str
+    seed: StoredPolicy | None = None  # of the directory of the start
+    known: Known = field(default_factory=Known)
+    cached: bool = False  # `known` is a snapshot's: Redis has not been asked yet
+    listed_s: float = float("-inf")
+    loaded: dict[str, LoadedVersion] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    served: Document | None = None
+    published: dict[str, str] = field(default_factory=dict)  # digests of the plan in force, by label
+
+    @property
+    def seeded(self) -> Document | None:
+        """How the directory deploys the policy."""
+        return None if self.seed is None else Document(1, self.seed.deployment, 0, "directory")
+
+    @property
+    def document(self) -> Document | None:
+        """How the policy should be deployed: as Redis says, else as the directory does. None: nobody says."""
+        return self.known.document or self.seeded
+
+    @property
+    def generation(self) -> int:
+        """The generation that a change must name: 0 for a policy that is not deployed."""
+        return 0 if self.document is None else self.document.generation
+
+    @property
+    def live(self) -> set[str]:
+        """Labels with a role, in what should be served or in what is."""
+        documents = (self.document, self.served)
+        return {label for each in documents if each is not None for label in each.deployment.versions}
+
+    @property
+    def labels(self) -> set[str]:
+        """Every version that there is, loaded or not."""
+        return set(self.known.versions) | set(self.seed.bundles if self.seed else ())
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What is loaded, by label."""
+        return {label: version.bundle.digest for label, version in self.loaded.items()}
+
+    @property
+    def champion(self) -> PolicyBundle | None:
+        """The bundle whose specs callers go by."""
+        document = self.served or self.document
+        loaded = None if document is None else self.loaded.get(document.deployment.champion)
+        return None if loaded is None else loaded.bundle
+
+    def digest(self, label: str) -> str | None:
+        """The content that a label should have; the store goes before the directory."""
+        if label in self.known.versions:
+            return self.known.versions[label].digest
+        bundle = None if self.seed is None else self.seed.bundles.get(label)
+        return None if bundle is None else bundle.digest
+
+    def has(self, label: str) -> bool:
+        """Whether a version is loaded, with the content that it should have."""
+        return label in self.loaded and self.loaded[label].bundle.digest == self.digest(label)
+
+
+def standby(states: Iterable[PolicyState], max_loaded: int) -> list[tuple[str, str]]:
+    """Which versions without a role to keep loaded, of all policies, the most wanted first.
+
+    The most recently pushed ones; then those of the directory that were live once and are loaded still.
+    """
+    served = [state for state in states if state.served is not None]
+    room = max_loaded - sum(len(state.live) for state in served)
+    pushed = sorted(
+        (entry for state in served for entry in state.known.versions.values() if entry.version not in state.live),
+        key=lambda entry: (-entry.pushed_at_ms, entry.policy, entry.version),
+    )
+    kept = [
+        (state.name, label)
+        for state in served
+        for label in state.loaded
+        if label not in state.known.versions and label not in state.live
+    ]
+    return [*((entry.policy, entry.version) for entry in pushed), *kept][: max(0, room)]
