@@ -30,8 +30,8 @@ train: $(VENV)/.export ## Train the CartPole example anew, into a folder of its 
 
 constraints: ## Write down the versions of a fresh environment
 	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
-	build/fresh/bin/python -m pip install --quiet -e '.[dev]'
-	(sed -n '/^#/p' constraints.txt; (build/fresh/bin/python -m pip freeze --exclude-editable; echo 'torch==2.13.0') | sort -f -u) > build/constraints.txt
+	build/fresh/bin/python -m pip install --quiet -e '.[dev]' torch==2.13.0
+	(sed -n '/^#/p' constraints.txt; build/fresh/bin/python -m pip freeze --exclude-editable | sed 's,+cpu,,' | sort -f -u) > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean: ## Remove what make made; the data directory stays

@@ -76,7 +76,7 @@ def index_of_largest(n: int = 2, *, shape: Sequence[int | str] = ("batch",)) -> 
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
-def manifest(model: bytes, features: int, actions: int, **changes: Any) -> dict[str, Any]:
+def manifest(network: bytes, features: int, actions: int, /, **changes: Any) -> dict[str, Any]:
     """A manifest that fits a network of this module; `changes` replace top-level fields, None removes one."""
     fields: dict[str, Any] = {
         "schema": 1,
@@ -89,7 +89,7 @@ def manifest(model: bytes, features: int, actions: int, **changes: Any) -> dict[
         },
         "action": {"kind": "discrete", "n": actions, "names": [f"a{i}" for i in range(actions)]},
         "head": "q_values",
-        "model": {"sha256": sha256(model).hexdigest(), "input": "observation", "output": "q_values"},
+        "model": {"sha256": sha256(network).hexdigest(), "input": "observation", "output": "q_values"},
         "exploration": {"epsilon": 0.1},
         "fallback": "a0",
         "latency_budget_ms": 1000,
