@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from policies.deployment import Deployment
 from policies.errors import (
     BadJson,
     InvalidField,
@@ -148,3 +149,11 @@ def test_the_openapi_part_refers_only_to_schemas_that_exist_and_its_examples_are
         read(msgspec.json.encode(example))
     answer = paths["/v1/act"]["post"]["responses"]["200"]["content"]["application/json"]["example"]
     msgspec.convert(answer, wire.ActResponse)
+
+
+def test_a_deployment_is_decoded_with_the_same_complaints() -> None:
+    found = wire.decode(b'{"schema": 1, "policy": "toy", "champion": "v1"}', Deployment)
+    assert found.champion == "v1"
+    with pytest.raises(UnknownField) as caught:
+        wire.decode(b'{"schema": 1, "policy": "toy", "champion": "v1", "reward": {"x": 1}}', Deployment)
+    assert caught.value.field == "reward.x"
