@@ -45,7 +45,7 @@ class Forbid(Base, frozen=True, kw_only=True, tag="forbid"):
 
     In CEL `state` is a map by feature name (a list where features have no names), `context` the request's map, `action`
     a map {index, name} for choices, {name-of-factor: {index, name}} for several factors. factor: the rule is about this
-    factor alone, and `action` is {index, name}. For continuous actions `action` may not be mentioned: `when` forbids all.
+    factor alone, and `action` is {index, name}. For continuous actions `when` forbids all, and cannot name `action`.
     """
 
     when: Annotated[str, Meta(min_length=1, max_length=4_096)]
@@ -53,7 +53,7 @@ class Forbid(Base, frozen=True, kw_only=True, tag="forbid"):
 
 
 class Bounds(Base, frozen=True, kw_only=True, tag="bounds"):
-    """Continuous actions stay within low and high, null where open. `when`: CEL; the rule holds where true or failing."""
+    """Continuous actions stay within low and high, null where open. `when` is CEL: it holds where true, or failing."""
 
     low: list[float | None] | None = None
     high: list[float | None] | None = None
