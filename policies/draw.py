@@ -48,19 +48,19 @@ def uniforms(draw_key: bytes, decision_ids: Sequence[str], count: int = UNIFORMS
 def draw(behaviour: Behaviour, u: Floats) -> Drawn:
     """Draw one action per row. u: float64 [B, 1 + F] in [0, 1).
 
-    The propensity is that of the action whichever part drew it: (1 - ε) · Π own + ε · Π uniform.
+    The propensity is that of the action whichever part drew it: (1 - ε) · Π own + ε · Π exploring.
     """
     explored = u[:, 0] < behaviour.epsilon
-    part = np.where(explored[:, None], behaviour.uniform, behaviour.own)
+    part = np.where(explored[:, None], behaviour.exploring, behaviour.own)
     rows = np.arange(len(part))
     actions = np.empty((len(part), len(behaviour.nvec)), dtype=np.int64)
-    own, uniform = np.ones(len(part)), np.ones(len(part))
+    own, exploring = np.ones(len(part)), np.ones(len(part))
     for factor, where in enumerate(columns(behaviour.nvec)):
         actions[:, factor] = invert(part[:, where], u[:, 1 + factor])
         at = where.start + actions[:, factor]
         own *= behaviour.own[rows, at]
-        uniform *= behaviour.uniform[rows, at]
-    return Drawn(actions, explored, (1.0 - behaviour.epsilon) * own + behaviour.epsilon * uniform)
+        exploring *= behaviour.exploring[rows, at]
+    return Drawn(actions, explored, (1.0 - behaviour.epsilon) * own + behaviour.epsilon * exploring)
 
 
 def propose(wanted: Target, u: Floats) -> Ints:

@@ -3,11 +3,12 @@
 The maths of design section 4, for a target π, a mask M and a strength ε:
 
     π_M ∝ π · 1[M]           (a greedy target: all mass on argmax over M, ties to the lowest index)
-    b   = (1 - ε) · π_M + ε · U(M)
+    b   = (1 - ε) · π_M + ε · X
     b   = δ(fallback)        (network fault, empty M, or no target mass on M)
 
-With several factors π_M and U(M) are products over them, and M is a product of masks; b mixes the two products, so one
-draw decides for all factors whether they explore.
+The exploring part X is U(M), uniform over M, unless rules or the exploration's kind say otherwise: U(M ∩ E) where only
+E may be explored, softmax(q/T) over M ∩ E for softmax exploration. With several factors π_M and X are products over
+them, and M is a product of masks; b mixes the two products, so one draw decides for all factors whether they explore.
 
 Invariant: each factor of a row sums to one, and is zero outside M unless the row fell back.
 """
@@ -26,44 +27,85 @@ from policies.types import Bools, Floats, Ints, Target, columns
 class Behaviour:
     """What B actions are drawn from.
 
-    own, uniform, probabilities: float64 [B, N], with probabilities = (1 - ε) · own + ε · uniform: for each factor its
-    marginal. epsilon: float64 [B], in force for the row: zero where the fallback answers.
-    fallback: bool [B], rows that answer with the declared fallback.
+    own, exploring, probabilities: float64 [B, N], with probabilities = (1 - ε) · own + ε · exploring: for each factor
+    its marginal. epsilon: float64 [B], in force for the row: zero where the fallback answers, or nothing may be
+    explored. fallback: bool [B], rows that answer with the declared fallback.
     """
 
     own: Floats
-    uniform: Floats
+    exploring: Floats
     probabilities: Floats
     epsilon: Floats
     fallback: Bools
     nvec: tuple[int, ...]
 
 
-def behave(target: Target, mask: Bools, epsilon: Floats, fallback: Ints) -> Behaviour:
-    """Mix the masked target with uniform exploration.
+def behave(
+    target: Target,
+    mask: Bools,
+    epsilon: Floats,
+    fallback: Ints,
+    weights: Bools | Floats | None = None,
+    frozen: Bools | None = None,
+) -> Behaviour:
+    """Mix the masked target with exploration.
 
     mask: bool [B, N], True for allowed. epsilon: float64 [B] in [0, 1]. fallback: int64 [B, F], the declared fallback.
+    weights: [B, N], not negative: X in proportion to them within M; None: uniform. Where they leave a factor nothing,
+    the row does not explore. frozen: bool [B], rows whose own part is the mode of π_M instead of a sample from it.
     Rows where nothing can be computed or nothing is left put all mass on their fallback; the caller says why.
     """
     fallback = fallback.reshape(len(mask), -1)
     own = _masked(target, mask)
-    uniform = np.empty(mask.shape)
+    exploring = np.asarray(mask if weights is None else weights * mask, dtype=np.float64)
     fallen = target.faulty.copy()
+    barred = np.zeros(len(mask), dtype=np.bool_)
     parts = columns(target.nvec)
     for part in parts:
-        mass = own[:, part].sum(axis=1)
-        empty = ~(mass > 0.0)
-        fallen |= empty
-        own[:, part] /= np.where(empty, 1.0, mass)[:, None]
-        uniform[:, part] = mask[:, part] / np.maximum(mask[:, part].sum(axis=1), 1)[:, None]
+        fallen |= ~_normalise(own[:, part])
+        barred |= ~_normalise(exploring[:, part])
+        if frozen is not None:
+            own[frozen, part] = _mode(own[frozen, part])
     if fallen.any():
         own[fallen] = 0.0
         for factor, part in enumerate(parts):
             own[fallen, part.start + fallback[fallen, factor]] = 1.0
-        uniform[fallen] = own[fallen]
-        epsilon = np.where(fallen, 0.0, epsilon)
+    if (barred := barred | fallen).any():
+        exploring[barred] = own[barred]
+        epsilon = np.where(barred, 0.0, epsilon)
     strength = epsilon[:, None]
-    return Behaviour(own, uniform, (1.0 - strength) * own + strength * uniform, epsilon, fallen, target.nvec)
+    return Behaviour(own, exploring, (1.0 - strength) * own + strength * exploring, epsilon, fallen, target.nvec)
+
+
+def _mode(own: Floats) -> Floats:
+    """All of a row's mass on its most probable choice, ties to the lowest index; a row without mass keeps none."""
+    mode = np.zeros(own.shape)
+    rows, best = np.arange(len(own)), own.argmax(axis=1)
+    mode[rows, best] = own[rows, best] > 0.0
+    return mode
+
+
+def _normalise(weights: Floats) -> Bools:
+    """Scale rows to a sum of one, in place; bool [B], False for a row that has nothing to scale."""
+    mass = weights.sum(axis=1)
+    some: Bools = mass > 0.0
+    weights /= np.where(some, mass, 1.0)[:, None]
+    return some
+
+
+def softmax_weights(target: Target, mask: Bools, temperature: Floats) -> Floats:
+    """Weights exp(q/T) within each factor's mask, for softmax exploration, float64 [B, N].
+
+    temperature: float64 [B], above zero. Of a head that is stochastic itself q is its logits, or logarithms.
+    """
+    with np.errstate(divide="ignore"):
+        scores = target.scores if target.greedy else np.log(target.scores) if target.logits is None else target.logits
+    weights = np.zeros(mask.shape)
+    for part in columns(target.nvec):
+        (some,) = np.nonzero((mask[:, part] & np.isfinite(scores[:, part])).any(axis=1) & ~target.faulty)
+        open_to = np.where(mask[some, part], scores[some, part] / temperature[some, None], -np.inf)
+        weights[some, part] = softmax(open_to)
+    return weights
 
 
 def _masked(target: Target, mask: Bools) -> Floats:

@@ -112,6 +112,13 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     raw_action: bytes = b""  # the draw before squash and projection, float64 [D]
     raw_log_prob: float | None = None  # its log-density under the part that drew it
     at_bound: tuple[int, ...] = ()  # for each coordinate: -1 at the low end of the box, 1 at the high end, 0 between
+    exploring: bytes = b""  # choices only: weights of the exploring part, float64; empty: uniform over the mask
+    frozen: bool = False  # a stochastic head's mode was taken instead of a sample
+    stand_in: str | None = None  # why the baseline decided in place of the assigned version
+    rules_digest: str = ""  # of the `safety.yaml` in force; empty: there was none
+    monitored: tuple[str, ...] = ()  # rules in monitor mode that the executed action breaks
+    window: str = ""  # the budget's window that an explored decision is charged to
+    price: float = 0.0  # what it costs of the regret budget
     v: int = SCHEMA_VERSION
 
 

@@ -46,6 +46,8 @@ def replay(decision_id: str, mask: bytes, record: Record, draw_key: bytes) -> Re
         allowed,
         np.array([record.epsilon]),
         _fallback(record, len(nvec)).astype(np.int64),
+        _row(record.exploring, "<f8") if record.exploring else None,
+        np.array([record.frozen]),
     )
     drawn = draw(behaviour, uniforms(draw_key, [decision_id], 1 + len(nvec)))
     return Replayed(tuple(drawn.actions[0].tolist()), bool(drawn.explored[0]), float(drawn.propensity[0]), None)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from policies.draw import draw, invert, uniforms
-from policies.explore import behave, masked_mass
+from policies.explore import behave, masked_mass, softmax_weights
 from policies.heads import index_rows, target
 from policies.types import HeadKind, Target
 
@@ -193,7 +193,7 @@ def test_several_factors_are_drawn_together_with_the_probability_of_the_joint_ac
     wanted = target(np.repeat(outputs, count, axis=0), head, None, nvec)
     behaviour = behave(wanted, np.repeat(mask, count, axis=0), np.full(count, epsilon), np.zeros((count, 2), np.int64))
     drawn = draw(behaviour, uniforms(KEY, [f"{i:08x}" for i in range(count)], 3))
-    own, uniform = behaviour.own[0], behaviour.uniform[0]
+    own, uniform = behaviour.own[0], behaviour.exploring[0]
     joint = (1 - epsilon) * np.outer(own[:3], own[3:]) + epsilon * np.outer(uniform[:3], uniform[3:])
     assert joint.sum() == pytest.approx(1.0, abs=1e-12)
     np.testing.assert_allclose(drawn.propensity, joint[drawn.actions[:, 0], drawn.actions[:, 1]], atol=1e-12)
@@ -209,3 +209,55 @@ def test_masked_mass_of_several_factors_is_that_of_the_joint_action() -> None:
     mask = np.array([[True, False, True, True]])
     assert masked_mass(wanted, mask).tolist() == pytest.approx([0.5])
     assert behave(wanted, mask & [True, True, False, False], np.array([0.5]), np.array([[1, 1]])).fallback.all()
+
+
+@given(cases(), st.data())
+@settings(max_examples=300)
+def test_the_exploring_part_is_in_proportion_to_its_weights_within_the_mask(case: Case, data: st.DataObject) -> None:
+    wanted, mask, epsilon, fallback = case
+    weight = st.sampled_from([0.0, 0.5, 1.0, 3.0])
+    weights = np.array([[data.draw(weight) for _ in row] for row in mask])
+    behaviour = behave(wanted, mask, epsilon, fallback, weights)
+    plain = behave(wanted, mask, epsilon, fallback)
+    for row in range(len(mask)):
+        within = [float(w) if m else 0.0 for w, m in zip(weights[row], mask[row], strict=True)]
+        own = plain.own[row]
+        strength = float(epsilon[row]) if sum(within) > 0 and not plain.fallback[row] else 0.0
+        exploring = [w / sum(within) for w in within] if strength else own
+        expected = [(1 - strength) * o + strength * x for o, x in zip(own, exploring, strict=True)]
+        np.testing.assert_allclose(behaviour.probabilities[row], expected, atol=1e-12)
+        assert behaviour.epsilon[row] == strength
+
+
+def test_softmax_exploration_is_softmax_over_what_is_allowed() -> None:
+    wanted = target(np.array([[1.0, 2.0, 3.0]], dtype=np.float32), "q_values")
+    mask = np.array([[True, True, False]])
+    weights = softmax_weights(wanted, mask, np.array([0.5]))
+    behaviour = behave(wanted, mask, np.array([0.1]), np.array([0]), weights)
+    rest = 1 / (1 + np.exp(2.0))
+    np.testing.assert_allclose(behaviour.exploring, [[rest, 1 - rest, 0.0]], atol=1e-12)
+    np.testing.assert_allclose(behaviour.probabilities, [[0.1 * rest, 0.9 + 0.1 * (1 - rest), 0.0]], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "head", "expected"),
+    [
+        ([[0.0, np.log(3.0), 9.0]], "logits", [0.25, 0.75, 0.0]),
+        ([[0.25, 0.75, 0.0]], "probabilities", [0.25, 0.75, 0.0]),
+        ([[0.0, 0.0, 1.0]], "probabilities", [0.0, 0.0, 0.0]),  # no logarithm to go by: nothing is explored
+        ([[np.nan, 0.0, 0.0]], "q_values", [0.0, 0.0, 0.0]),
+    ],
+)
+def test_softmax_exploration_of_every_head(outputs: list[list[float]], head: HeadKind, expected: list[float]) -> None:
+    wanted = target(np.array(outputs, dtype=np.float64), head)
+    weights = softmax_weights(wanted, np.array([[True, True, False]]), np.array([1.0]))
+    np.testing.assert_allclose(weights, [expected], atol=1e-9)
+
+
+def test_a_frozen_row_takes_the_mode_within_the_mask() -> None:
+    wanted = target(np.tile(np.log([[0.2, 0.5, 0.3]]), (3, 1)), "logits")
+    mask = np.array([[True, False, True], [True, False, True], [False, False, False]])
+    frozen = np.array([True, False, True])
+    behaviour = behave(wanted, mask, np.zeros(3), np.array([1, 1, 1]), frozen=frozen)
+    np.testing.assert_allclose(behaviour.own, [[0, 0, 1], [0.4, 0, 0.6], [0, 1, 0]], atol=1e-12)
+    assert behaviour.fallback.tolist() == [False, False, True]
