@@ -16,7 +16,16 @@ import numpy.typing as npt
 from policies.types import Bools, Floats, columns
 
 FallbackReason = Literal[
-    "inference_failed", "inference_timeout", "not_finite", "nothing_allowed", "no_mass_allowed", "check_failed"
+    "inference_failed",
+    "inference_timeout",
+    "not_finite",
+    "nothing_allowed",
+    "no_mass_allowed",
+    "check_failed",
+    "fallback_only",
+    "no_baseline",
+    "outside_support",
+    "breaker_open",
 ]
 
 REQUEST_RULE: Final = "request"  # the name under which a caller's `allowed_actions` shows among the rules

@@ -23,10 +23,11 @@ from policies.types import Floats
 from service.clock import Clock
 from service.ids import RANDOM_BYTES, Keyring
 from service.inference import Inference
+from service.judge import Judged, hand_rows_over, judge
 from service.ledger import Ledger
 from service.metrics import Metrics
 from service.pins import Pins
-from service.plan import Group, Outcome, Plan, Row
+from service.plan import Group, Outcome, Plan, Row, Safeguards
 from service.record import Answers, answer, as_unlogged, last_resort
 from service.settle import settle
 from service.wire import ActResponse
@@ -55,6 +56,7 @@ class Decider:
         self._metrics = metrics
         self._inference = inference
         self._random = random
+        self.safeguards = Safeguards()  # replaced whole; read after inference
         self.memories = inference.memories
         self.pins = Pins()
 
@@ -72,13 +74,26 @@ class Decider:
     async def settle(self, groups: list[Group]) -> list[Outcome]:
         """Constrain, explore, draw, check, record and answer."""
         try:
+            judged = await self._judge(groups)
             draw_key = self._keyring.signing.draw
-            settled = [settle(group, self._epsilon(group), draw_key) for group in groups]
+            settled = [settle(group, verdict, self._epsilon(group), draw_key) for group, verdict in judged]
             answers = answer(settled, self._clock.event_ms(), self._keyring.signing.kid)
         except Exception:  # a bug: the promise of a safe answer holds all the same
             log.exception("pipeline_failed", policy=self._policy)
             return self._count(last_resort(groups))
         return await self._record(answers)
+
+    async def _judge(self, groups: list[Group]) -> list[tuple[Group, Judged]]:
+        """Hold groups against the safety side as it is now; what the baseline must answer it is asked first."""
+        for hand_over in (True, True, False):  # a kill switch may be thrown while the baseline is asked
+            judged = [(group, judge(group, self.safeguards, hand_over=hand_over)) for group in groups]
+            if not any(verdict.handed_over for _, verdict in judged):
+                break
+            groups = [part for group, verdict in judged for part in hand_rows_over(group, verdict)]
+            for group in groups:
+                if group.stand_in and group.outputs is None and group.failure is None:
+                    await self._inference.run(group)
+        return judged
 
     def _route(self, plan: Plan, rows: Sequence[Row]) -> list[Group]:
         ids = self._keyring.mint(self._clock.event_ms(), plan.digest, self._random(RANDOM_BYTES * len(rows)))
@@ -117,8 +132,11 @@ class Decider:
         return assignment, pin is not None
 
     def _epsilon(self, group: Group) -> Floats:
-        """The exploration strength in force now: none where the caller forbids it, none when nothing is recorded."""
-        strength = group.version.bundle.epsilon if self._ledger.accepting else 0.0
+        """The exploration strength in force now: none where the caller or an operator forbids it, where
+        the baseline stands in, and when nothing is recorded.
+        """
+        frozen = "freeze_exploration" in self.safeguards.halts or group.stand_in is not None
+        strength = group.version.bundle.epsilon if self._ledger.accepting and not frozen else 0.0
         return np.array([strength if row.explore else 0.0 for row in group.rows])
 
     async def _record(self, answers: Answers) -> list[Outcome]:

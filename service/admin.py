@@ -1,4 +1,4 @@
-"""The admin routes: policies, their versions, how they are deployed. On FastAPI, below `/admin`.
+"""The admin routes: policies, their versions, how they are deployed and halted. On FastAPI, below `/admin`.
 
 Duty: HTTP to calls of `changes.py`, and what a worker knows to JSON. An ETag is a deployment's generation; a change
 names the generation that it replaces as If-Match.
@@ -7,7 +7,7 @@ names the generation that it replaces as If-Match.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -15,13 +15,21 @@ from fastapi.responses import JSONResponse
 
 from policies.deployment import Deployment
 from policies.errors import InvalidField, UnknownPolicy, UnknownVersion
+from safety.halt import KillSwitch
 from service import access
 from service.access import Worker
 from service.runtime import Runtime
 from service.standing import PolicyState
 from service.upload import read_upload
-from service.views import deployment_view, policy_view, version_line, version_view
+from service.views import deployment_view, halts_view, policy_view, version_line, version_view
 from service.wire import decode
+
+
+class Halts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The kill switches that are on; those that are not named are off."""
+
+    on: list[KillSwitch]
+
 
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.admin)])
 BY = "admin"  # one token so far, so one name
@@ -41,6 +49,20 @@ _BUNDLE = {
                     },
                 }
             },
+        },
+    }
+}
+_HALTS = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["on"],
+                    "properties": {"on": {"type": "array", "items": {"enum": list(get_args(KillSwitch))}}},
+                }
+            }
         },
     }
 }
@@ -71,6 +93,19 @@ async def deploy(policy: str, request: Request, worker: Worker, if_match: IfMatc
     body = await request.body()
     state = await worker.changes.deploy(policy, decode(body, Deployment), _generation(if_match), BY)
     return JSONResponse(policy_view(state), headers=_tag(state))
+
+
+@router.get("/policies/{policy}/halts", summary="Which kill switches are on")
+async def halts(policy: str, worker: Worker) -> JSONResponse:
+    state = _find(worker, policy)
+    return JSONResponse(halts_view(state), headers=_tag(state))
+
+
+@router.put("/policies/{policy}/halts", summary="Say which kill switches are on", openapi_extra=_HALTS)
+async def halt(policy: str, request: Request, worker: Worker) -> JSONResponse:
+    wanted = decode(await request.body(), Halts)
+    state = await worker.changes.halt(policy, wanted.on, BY)
+    return JSONResponse(halts_view(state), headers=_tag(state))
 
 
 @router.post(

@@ -12,18 +12,21 @@ Promise: whatever fails here (Redis away, a version that does not load) is repor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Sequence
 
 import structlog
+from msgspec.structs import replace
 
 from policies.deployment import Deployment
 from policies.errors import BundleError, BundlesAway, StoreAway, SurefootError
 from policies.store import Store, StoredPolicy, difference
+from safety.halt import KillSwitch
 from service.clock import Clock
 from service.control import UNREADABLE, Control, Snapshot
 from service.loading import Loading
 from service.metrics import Metrics
-from service.plan import LoadedVersion, Plan
+from service.plan import LoadedVersion, Plan, Safeguards
 from service.serving import plan_of
 from service.standing import Document, Failure, Known, PolicyState, standby
 
@@ -47,6 +50,7 @@ class Catalog:
         snapshot: Snapshot,
         loading: Loading,
         publish: Callable[[Plan, Deployment], None],
+        guard: Callable[[str, Safeguards], None],
         metrics: Metrics,
         clock: Clock,
         max_loaded: int,
@@ -55,6 +59,7 @@ class Catalog:
         self.store, self.control, self.loading = store, control, loading
         self._snapshot = snapshot
         self._publish = publish
+        self._guard = guard
         self._metrics = metrics
         self._clock = clock
         self._max_loaded = max_loaded
@@ -75,6 +80,7 @@ class Catalog:
                 self._state(name).known = known
                 self._state(name).cached = True
         for state in self.states.values():
+            self._safeguard(state)
             await self._advance(state)
             if state.served is None and state.seeded is not None:
                 await self._serve_seed(state, state.seeded)
@@ -94,6 +100,8 @@ class Catalog:
             except AWAY as error:
                 log.debug("deployments_not_read", reason=error.detail)
             for state in self.states.values():
+                await self._agree_on_halts(state)
+                self._safeguard(state)
                 await self._advance(state)
             known = {name: state.known for name, state in self.states.items() if state.known != Known()}
             if known != self._saved:
@@ -126,6 +134,11 @@ class Catalog:
             if version.bundle.digest == state.digest(label):
                 state.loaded[label] = version
                 self._renew(state)
+
+    def halt_here(self, state: PolicyState, switches: Collection[KillSwitch]) -> None:
+        """Throw kill switches on this worker at once; the others are told by `changes.py`, or when Redis is back."""
+        state.halted_here = state.halted_here | frozenset(switches)
+        self._safeguard(state)
 
     async def refresh(self, name: str) -> PolicyState:
         """Give a policy's state as it is this moment. Raises StoreAway or BundlesAway."""
@@ -204,6 +217,26 @@ class Catalog:
         if state.document != seeded:
             log.error("deployment_from_directory", policy=state.name, generation=state.generation)
         self._serve(state, seeded)
+
+    def _safeguard(self, state: PolicyState) -> None:
+        """Put the safety side in force, whether or not what is deployed with it can be loaded."""
+        if state.guarded != (now := (state.halts,)):
+            self._guard(state.name, Safeguards(state.halts))
+            state.guarded = now
+            log.warning("kill_switches", policy=state.name, on=sorted(state.halts))
+
+    async def _agree_on_halts(self, state: PolicyState) -> None:
+        """Tell Redis what was thrown here while it was away; forget it once Redis says the same."""
+        document = state.document
+        if not state.halted_here or document is None:
+            return
+        if not state.halted_here <= frozenset(document.halts):
+            halts = tuple(sorted(state.halts))
+            wanted = replace(document, generation=document.generation + 1, halts=halts)
+            with contextlib.suppress(StoreAway):
+                await self.control.change(state.name, wanted, 0 if state.seeded is None else 1)
+            return  # the next reading shows what came of it
+        state.halted_here = frozenset()
 
     def _renew(self, state: PolicyState) -> None:
         """Publish a plan when what is deployed, or what is loaded, has changed."""

@@ -2,6 +2,7 @@
 
     push:    gate -> alike? -> store -> tell the others -> a new policy is deployed -> loaded here
     deploy:  versions there? -> loaded here? -> compare and set -> served here
+    halt:    in force here -> compare and set
     delete:  not live? -> kept out of deployments -> out of the store -> tell the others
 
 Duty: the order, and the refusals. It knows nothing of HTTP.
@@ -12,8 +13,11 @@ follow by polling. Whatever is refused has changed nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from policies.bundle import PolicyBundle
 from policies.deployment import Deployment
@@ -30,7 +34,8 @@ from policies.errors import (
     VersionReadOnly,
 )
 from policies.store import StoredVersion, difference, refs_of
-from service.catalog import Catalog
+from safety.halt import KillSwitch
+from service.catalog import AWAY, Catalog
 from service.clock import Clock
 from service.control import Going, Moved
 from service.gate import warnings_of
@@ -76,21 +81,45 @@ class Changes:
 
         Raises InvalidField, BundleError, UnknownPolicy, GenerationMissing, GenerationMoved, StoreAway or BundlesAway.
         """
-        state = await self._catalog.refresh(policy)
-        if not state.labels:
-            raise UnknownPolicy(f"there is no policy {policy!r}; push a version of it first", "policy")
+        state = await self._at(policy, expected)
         if wanted.policy != policy:
             raise InvalidField(f"the deployment says policy {wanted.policy!r}, the path says {policy!r}", "policy")
-        if expected is None and state.generation:
-            detail = f"the deployment is at generation {state.generation}: read it, and send its ETag as If-Match"
-            raise GenerationMissing(detail, "If-Match")
         for label, at in wanted.by_role.items():
             if label not in state.labels:
                 raise InvalidField(f"{policy} has no version {label!r}", at)
             await self._catalog.require(state, label)
-        await self._set(state, wanted, expected or 0, by)
+        standing = state.document or Document(0, wanted, 0, by)
+        await self._set(state, replace(standing, deployment=wanted), by)
         await self._catalog.converge()
         return state
+
+    async def halt(self, policy: str, switches: Collection[KillSwitch], by: str) -> PolicyState:
+        """Say which kill switches are on. A switch that is thrown works here before Redis is told, and also when it
+        cannot be: then all are told as soon as it can. To turn one off Redis must be there.
+
+        Raises UnknownPolicy; StoreAway when a switch should be turned off.
+        """
+        state = self._catalog.states.get(policy)
+        if state is None or state.document is None:
+            raise UnknownPolicy(f"there is no deployed policy {policy!r}", "policy")
+        wanted = frozenset(switches)
+        self._catalog.halt_here(state, wanted)
+        try:
+            await self._publish_halts(state, wanted, by)
+        except AWAY:
+            if state.halts != wanted:
+                raise
+        return state
+
+    async def _publish_halts(self, state: PolicyState, wanted: frozenset[KillSwitch], by: str) -> None:
+        while True:  # until nobody else changes the policy in between
+            await self._catalog.refresh(state.name)
+            document = _document(state)
+            with contextlib.suppress(GenerationMoved):
+                if frozenset(document.halts) != wanted:
+                    await self._set(state, replace(document, halts=tuple(sorted(wanted))), by)
+                await self._catalog.converge()  # which forgets what was thrown here once Redis says the same
+                return
 
     async def delete(self, policy: str, label: str) -> None:
         """Remove a version. Raises UnknownVersion, VersionLive, VersionReadOnly, StoreAway or BundlesAway."""
@@ -136,15 +165,31 @@ class Changes:
         document = Document(1, Deployment(schema=1, policy=state.name, champion=label), self._clock.event_ms(), by)
         await self._catalog.control.change(state.name, document, unwritten=0)
 
-    async def _set(self, state: PolicyState, wanted: Deployment, expected: int, by: str) -> None:
-        unwritten = 0 if state.seeded is None else 1
-        document = Document(expected + 1, wanted, self._clock.event_ms(), by)
+    async def _at(self, policy: str, expected: int | None) -> PolicyState:
+        """A policy as it is this moment, which must be at the generation that a change expects.
+
+        Raises UnknownPolicy, GenerationMissing, GenerationMoved, StoreAway or BundlesAway.
+        """
+        state = await self._catalog.refresh(policy)
+        if not state.labels:
+            raise UnknownPolicy(f"there is no policy {policy!r}; push a version of it first", "policy")
+        if expected is None and state.generation:
+            detail = f"the policy is at generation {state.generation}: read it, and send its ETag as If-Match"
+            raise GenerationMissing(detail, "If-Match")
+        if (expected or 0) != state.generation:
+            raise _moved(state.generation, expected or 0)
+        return state
+
+    async def _set(self, state: PolicyState, wanted: Document, by: str) -> None:
+        """Put a document in force, made from the one at its generation. Raises GenerationMoved or InvalidField."""
+        unwritten, expected = 0 if state.seeded is None else 1, wanted.generation
+        document = replace(wanted, generation=expected + 1, changed_at_ms=self._clock.event_ms(), changed_by=by)
         refused = await self._catalog.control.change(state.name, document, unwritten)
         if isinstance(refused, Moved):
-            detail = f"the deployment is at generation {refused.generation}, not {expected}: read it again"
-            raise GenerationMoved(detail, "If-Match")
+            raise _moved(refused.generation, expected)
         if isinstance(refused, Going):
-            raise InvalidField(f"{state.name}/{refused.version} is being deleted", wanted.by_role[refused.version])
+            named = wanted.deployment.by_role[refused.version]
+            raise InvalidField(f"{state.name}/{refused.version} is being deleted", named)
 
     async def _try_to_load(self, state: PolicyState, label: str) -> None:
         """Load what was pushed. It is registered whatever comes of it; why it is not loaded stands in its view."""
@@ -152,3 +197,13 @@ class Changes:
             await self._catalog.require(state, label)
         except SurefootError:
             return
+
+
+def _document(state: PolicyState) -> Document:
+    if state.document is None:
+        raise UnknownPolicy(f"{state.name!r} has versions but is not deployed", "policy")
+    return state.document
+
+
+def _moved(standing: int, expected: int) -> GenerationMoved:
+    return GenerationMoved(f"the policy is at generation {standing}, not {expected}: read it again", "If-Match")

@@ -46,7 +46,7 @@ def replay(decision_id: str, mask: bytes, record: Record, draw_key: bytes) -> Re
         allowed,
         np.array([record.epsilon]),
         _fallback(record, len(nvec)).astype(np.int64),
-        _row(record.exploring, "<f8") if record.exploring else None,
+        np.frombuffer(record.exploring, dtype="<f8")[None, :] if record.exploring else None,
         np.array([record.frozen]),
     )
     drawn = draw(behaviour, uniforms(draw_key, [decision_id], 1 + len(nvec)))
@@ -118,6 +118,7 @@ def describe(stored: Any, record: Record) -> dict[str, Any]:
         "explored": record.explored,
         "epsilon": record.epsilon,
         "fallback": record.fallback,
+        "stand_in": record.stand_in,
         "why": _why(stored, record),
         "traceparent": record.traceparent,
         "ledger": {"producer": stored.producer, "epoch": stored.epoch, "seq": stored.seq},

@@ -6,7 +6,7 @@ to the end, so one decision is made wholly by one version and one generation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from policies.errors import SurefootError
 from policies.explore import Behaviour
 from policies.route import Assignment, Routes
 from policies.types import ActionSpec, ObservationSpec, Target
+from safety.halt import KillSwitch
 from safety.types import BoxConstraint, Constraint, FallbackReason
 from service.allowed import Columns, Ends
 from service.wire import ActResponse
@@ -67,6 +68,7 @@ class Plan:
     window_ms: int  # the reward window
     observation: ObservationSpec
     action: ActionSpec
+    baseline: str | None = None
     recurrent: bool = field(init=False)  # a version that decides remembers episodes, so rows must name theirs
 
     def __post_init__(self) -> None:
@@ -74,6 +76,13 @@ class Plan:
         loaded = [version for label, version in self.versions.items() if label in deciding]
         recurrent = any(version.bundle.interface.recurrent for version in loaded)
         object.__setattr__(self, "recurrent", recurrent)
+
+
+@dataclass(frozen=True, slots=True)
+class Safeguards:
+    """The safety side of a policy's control state. Read after inference, so that a halt thrown meanwhile wins."""
+
+    halts: frozenset[KillSwitch] = frozenset()
 
 
 @dataclass(slots=True)
@@ -92,6 +101,27 @@ class Group:
     outputs: npt.NDArray[np.floating] | None = None  # [B, width], None: the network failed
     failure: FallbackReason | None = None  # how
     infer_s: float = 0.0
+    stand_in: list[str | None] | None = (
+        None  # why the baseline answers in place of the assigned version; None: it does not
+    )
+
+    def some(self, rows: Sequence[int]) -> Group:
+        """The same for some of the rows."""
+        return Group(
+            self.plan,
+            self.version,
+            [self.index[i] for i in rows],
+            [self.rows[i] for i in rows],
+            [self.ids[i] for i in rows],
+            [self.assignments[i] for i in rows],
+            [self.switched[i] for i in rows],
+            self.states[rows],
+            [self.state_reset[i] for i in rows],
+            None if self.outputs is None else self.outputs[rows],
+            self.failure,
+            self.infer_s,
+            None if self.stand_in is None else [self.stand_in[i] for i in rows],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +137,4 @@ class Settled:
     masked_mass: npt.NDArray[np.float64]
     actions: npt.NDArray[np.generic]  # [B, F] or [B, D]: drawn, or the fallback where the check did not pass
     passed: npt.NDArray[np.bool_]  # the independent check
+    denied: list[FallbackReason | None]  # why the fallback answers where that was settled before the draw

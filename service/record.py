@@ -137,7 +137,8 @@ class _Rows:
             assigned_version=assigned.version,
             version=self._bundle.version,
             digest=self._bundle.digest,
-            role=assigned.role,
+            role="baseline" if group.stand_in else assigned.role,
+            stand_in=group.stand_in[i] if group.stand_in else None,
             generation=self._plan.generation,
             dtype=self._bundle.observation.wire_dtype,
             shape=self._bundle.observation.shape,
@@ -201,7 +202,10 @@ class _Rows:
             explored=record.explored,
             exploration=Exploration(record.epsilon),
             safety=Safety(
-                record.overridden, cast(Any, record.proposed if proposed is None else proposed), record.rules
+                record.overridden,
+                cast(Any, record.proposed if proposed is None else proposed),
+                record.rules,
+                record.stand_in,
             ),
             fallback=record.fallback,
             logged=True,
@@ -225,7 +229,7 @@ class _Rows:
         if not self._fallen[i]:
             return None
         return reason(
-            failure=self._group.failure,
+            failure=self._settled.denied[i] or self._group.failure,
             finite=not self._settled.target.faulty[i],
             nothing_left=self._settled.constraint.nothing_left(i),
         )

@@ -137,6 +137,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             Snapshot(settings.data_dir),
             loading,
             serving.publish,
+            serving.safeguard,
             metrics,
             clock,
             settings.max_loaded,

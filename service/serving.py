@@ -22,7 +22,7 @@ from service.inference import Inference
 from service.ledger import Ledger
 from service.memory import Memories
 from service.metrics import Metrics
-from service.plan import LoadedVersion, Plan
+from service.plan import LoadedVersion, Plan, Safeguards
 from service.redis_streams import JoinConfig
 from service.rewards import Rewarded
 from service.settings import Settings
@@ -47,6 +47,7 @@ class Serving:
     configs: dict[str, JoinConfig]
     policies: dict[str, Served] = field(default_factory=dict)
     rewarded: dict[bytes, Rewarded] = field(default_factory=dict)
+    _safeguards: dict[str, Safeguards] = field(default_factory=dict)
     _listed: dict[str, dict[str, tuple[str, str, str, str]]] = field(default_factory=dict)
 
     def publish(self, plan: Plan, deployment: Deployment) -> None:
@@ -70,6 +71,12 @@ class Serving:
         self.policies[name] = served
         self._list(plan, deployment)
 
+    def safeguard(self, policy: str, safeguards: Safeguards) -> None:
+        """Put a policy's safety side in force, from the next draw on, also of rows that are being inferred."""
+        self._safeguards[policy] = safeguards
+        if policy in self.policies:
+            self.policies[policy].coalescer.decider.safeguards = safeguards
+
     async def aclose(self) -> None:
         """Wait until every row that was submitted has its outcome."""
         for served in self.policies.values():
@@ -81,6 +88,7 @@ class Serving:
         memories = Memories(settings.recurrent_memory_bytes, settings.recurrent_ttl_s)
         inference = Inference(self.device, self.clock, settings.inference_timeout_s, memories)
         decider = Decider(plan, self.ledger, self.keyring, self.clock, self.metrics, inference)
+        decider.safeguards = self._safeguards.get(plan.policy, Safeguards())
         coalescer = Coalescer(decider, settings.max_batch)
         return Served(plan.policy, plan.observation, plan.action, StateReader(plan.observation), coalescer)
 
@@ -121,4 +129,5 @@ def plan_of(policy: str, generation: int, deployment: Deployment, versions: Mapp
         window_ms=int(deployment.reward.window_s * 1000),
         observation=champion.observation,
         action=champion.action,
+        baseline=deployment.baseline,
     )

@@ -13,16 +13,22 @@ from msgspec import Struct
 from policies.bundle import PolicyBundle
 from policies.deployment import Deployment
 from policies.store import StoredPolicy, StoredVersion
+from safety.halt import KillSwitch
 from service.plan import LoadedVersion
 
 
 class Document(Struct, frozen=True):
-    """How a policy is deployed, since when, by whom. Invariant: generation grows by one with each change."""
+    """A policy's control state: how it is deployed, what is safe, what may be explored; since when, by whom.
+
+    Invariant: generation grows by one with each change, of whichever part.
+    """
 
     generation: int
     deployment: Deployment
     changed_at_ms: int
     changed_by: str
+    safety: str = ""  # `safety.yaml` as it was sent; empty: no rules
+    halts: tuple[KillSwitch, ...] = ()  # kill switches that are on
 
 
 class Known(Struct, frozen=True):
@@ -50,10 +56,12 @@ class PolicyState:
     seed: StoredPolicy | None = None  # of the directory of the start
     known: Known = field(default_factory=Known)
     cached: bool = False  # `known` is a snapshot's: Redis has not been asked yet
+    halted_here: frozenset[KillSwitch] = frozenset()  # thrown here while Redis could not be told
     listed_s: float = float("-inf")
     loaded: dict[str, LoadedVersion] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     served: Document | None = None
+    guarded: tuple[object, ...] | None = None  # the safety side in force, as `catalog.py` compares it
     published: dict[str, str] = field(default_factory=dict)  # digests of the plan in force, by label
 
     @property
@@ -70,6 +78,11 @@ class PolicyState:
     def generation(self) -> int:
         """The generation that a change must name: 0 for a policy that is not deployed."""
         return 0 if self.document is None else self.document.generation
+
+    @property
+    def halts(self) -> frozenset[KillSwitch]:
+        """Kill switches that are on for this worker."""
+        return self.halted_here | frozenset(self.document.halts if self.document else ())
 
     @property
     def live(self) -> set[str]:

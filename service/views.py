@@ -27,6 +27,7 @@ def policy_view(state: PolicyState) -> dict[str, Any]:
         "challenger": {"version": challenger.version, "weight": challenger.weight} if challenger else None,
         "baseline": routes.baseline if routes else None,
         "deployment": None if wanted is None else deployment_view(wanted),
+        "halts": sorted(state.halts),
         "source": source_of(state),
         "pending": wanted != served,  # what should be served cannot be yet: `versions` says why
         "versions": {label: version_line(state, label) for label in sorted(state.labels)},
@@ -44,6 +45,12 @@ def deployment_view(document: Document) -> dict[str, Any]:
     """A deployment as `deployment.yaml` has it, and as a change sends it back."""
     view: dict[str, Any] = msgspec.to_builtins(document.deployment)
     return view
+
+
+def halts_view(state: PolicyState) -> dict[str, Any]:
+    """Kill switches that are on here. `published`: Redis says the same, so every replica has them within 2 s."""
+    published = state.document is not None and frozenset(state.document.halts) == state.halts
+    return {"policy": state.name, "on": sorted(state.halts), "published": published}
 
 
 def version_line(state: PolicyState, label: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class Safety(Struct, frozen=True):
     overridden: bool  # the mask changed what the version would have done
     proposed: int | str | list[str | int | float]  # what it would have done
     rules: tuple[str, ...]  # which rules changed it
+    stand_in: str | None = None  # why the baseline decided in place of the assigned version
 
 
 class PointDistribution(Struct, frozen=True):

@@ -206,7 +206,7 @@ def test_a_bug_in_the_pipeline_is_answered_with_the_fallback(monkeypatch: pytest
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("service.settle.constrain", broken)
+    monkeypatch.setattr("service.judge.constrain", broken)
     unsafe = version(METRICS, "v1", IDENTITY, fallback="none")
 
     async def work() -> None:
@@ -230,7 +230,7 @@ def test_an_action_that_fails_the_last_look_is_replaced_and_its_probability_not_
 
         return Constraint(np.ones((len(allowed), space.size), dtype=np.bool_), space.nvec)  # forgets the request's mask
 
-    monkeypatch.setattr("service.settle.constrain", mistaken)
+    monkeypatch.setattr("service.judge.constrain", mistaken)
 
     async def work() -> None:
         with decider(plan({"v1": V1})) as (pipeline, ledger, _):

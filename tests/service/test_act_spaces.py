@@ -135,7 +135,7 @@ def test_a_point_that_fails_the_last_look_is_replaced(monkeypatch: pytest.Monkey
         low, high = (np.broadcast_to(end, (len(allowed), space.size)) for end in space.bounds)
         return BoxConstraint(low, high)
 
-    monkeypatch.setattr("service.settle.constrain_box", mistaken)
+    monkeypatch.setattr("service.judge.constrain_box", mistaken)
 
     async def work() -> None:
         with decider(plan({"v1": points("action", exploration={"epsilon": 0.0})})) as (pipeline, _, _):
