@@ -38,7 +38,12 @@ def version(metrics: Metrics, label: str, proto: onnx.ModelProto, **changes: obj
     return LoadedVersion(engine.bundle, engine, metrics.version("toy", label))
 
 
-def plan(versions: dict[str, LoadedVersion], challenger: str | None = None, weight: float = 0.0) -> Plan:
+def plan(
+    versions: dict[str, LoadedVersion],
+    challenger: str | None = None,
+    weight: float = 0.0,
+    baseline: str | None = None,
+) -> Plan:
     bundle = versions["v1"].bundle
     return Plan(
         policy="toy",
@@ -49,6 +54,7 @@ def plan(versions: dict[str, LoadedVersion], challenger: str | None = None, weig
         window_ms=60_000,
         observation=bundle.observation,
         action=bundle.action,
+        baseline=baseline,
     )
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.judge import hand_rows_over, judge
 from service.metrics import Metrics
-from service.plan import Row, Safeguards
+from service.plan import LoadedVersion, Row, Safeguards
 from service.valkey import EmbeddedValkey
 from service.wire import ActResponse
 from tests.policies.networks import linear
@@ -136,5 +140,63 @@ def test_a_switch_thrown_while_the_network_runs_wins() -> None:
             (answer,) = await pipeline.settle(groups)
             assert isinstance(answer, ActResponse)
             assert (answer.fallback, answer.action) == ("fallback_only", 0)
+
+    asyncio.run(work())
+
+
+def swap() -> dict[str, LoadedVersion]:
+    """v1 prefers the larger feature, v0 the smaller."""
+    v0 = version(METRICS, "v0", linear([[0, 1], [1, 0]]), golden_outputs=[[1.0, 0.0], [0.0, 1.0]])
+    return {"v1": version(METRICS, "v1", linear([[1, 0], [0, 1]])), "v0": v0}
+
+
+def test_the_baseline_stands_in_for_whole_batches_and_never_explores() -> None:
+    async def work() -> None:
+        with decider(plan(swap(), baseline="v0")) as (pipeline, _, _):
+            pipeline.safeguards = Safeguards(frozenset({"baseline_only"}))
+            answers = await pipeline.decide([Row(state=[0.0, 1.0]), Row(state=[1.0, 0.0])])
+            assert [(a.version, a.action, a.propensity) for a in answers if isinstance(a, ActResponse)] == [
+                ("v0", 0, 1.0),
+                ("v0", 1, 1.0),
+            ]
+
+    asyncio.run(work())
+
+
+def test_a_baseline_that_fails_is_replaced_by_its_fallback() -> None:
+    async def work() -> None:
+        with decider(plan(swap(), baseline="v0")) as (pipeline, _, _):
+            pipeline.safeguards = Safeguards(frozenset({"baseline_only"}))
+            (answer,) = await pipeline.decide([Row(state=[np.nan, 0.0])])
+            assert isinstance(answer, ActResponse)
+            assert (answer.version, answer.fallback, answer.action) == ("v0", "not_finite", 0)
+
+    asyncio.run(work())
+
+
+def test_a_group_splits_into_what_its_version_answers_and_what_the_baseline_must() -> None:
+    async def work() -> None:
+        with decider(plan(swap(), baseline="v0")) as (pipeline, _, _):
+            (group,) = await pipeline.infer([Row(state=[0.0, 1.0]), Row(state=[1.0, 0.0])])
+            judged = replace(judge(group, Safeguards(), hand_over=True), baseline=[None, "a_rule"])
+            kept, handed = hand_rows_over(group, judged)
+            assert (kept.index, handed.index, handed.stand_in) == ([0], [1], ["a_rule"])
+            assert (kept.version.bundle.version, handed.version.bundle.version) == ("v1", "v0")
+            assert handed.some([0]).stand_in == ["a_rule"]
+            assert hand_rows_over(kept, judge(kept, Safeguards(), hand_over=True)) == [kept]
+
+    asyncio.run(work())
+
+
+def test_points_fall_back_too() -> None:
+    box = {"kind": "continuous", "low": [-1.0, -1.0], "high": [1.0, 1.0]}
+    changes: dict[str, Any] = {"head": "action", "action": box, "fallback": [0.25, 0.5], "exploration": None}
+
+    async def work() -> None:
+        with decider(plan({"v1": version(METRICS, "v1", linear([[1, 0], [0, 1]]), **changes)})) as (pipeline, _, _):
+            pipeline.safeguards = Safeguards(frozenset({"fallback_only"}))
+            (answer,) = await pipeline.decide([Row(state=[0.0, 1.0])])
+            assert isinstance(answer, ActResponse)
+            assert (answer.action, answer.fallback, answer.propensity) == ([0.25, 0.5], "fallback_only", 1.0)
 
     asyncio.run(work())
