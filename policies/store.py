@@ -10,7 +10,7 @@ Promise: a label is never given other content; what is fetched is what was put, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from policies.deployment import DEPLOYMENT, Deployment, default_deployment, read
 from policies.errors import BundleError, ConfigError
 
 BUNDLED = Path(__file__).parent / "bundles"
+SAFETY, EXPLORATION = DOCUMENTS = "safety.yaml", "exploration.yaml"
 Read = Callable[[Mapping[str, bytes]], PolicyBundle]
 
 
@@ -85,11 +86,12 @@ def damaged(entry: StoredVersion) -> BundleError:
 
 @dataclass(frozen=True, slots=True)
 class StoredPolicy:
-    """A policy as it lies on disk: its deployment and all its bundles by version label."""
+    """A policy as it lies on disk: its deployment, all its bundles by version label, what is said of their safety."""
 
     name: str
     deployment: Deployment
     bundles: dict[str, PolicyBundle]
+    documents: Mapping[str, bytes] = field(default_factory=dict)  # whichever of DOCUMENTS lie beside them, unread
 
 
 def read_directory(root: Path, read: Read = read_bundle) -> list[StoredPolicy]:
@@ -119,7 +121,8 @@ def read_policy(folder: Path, read: Read = read_bundle) -> StoredPolicy:
         if found := difference(bundle, champion):
             field, detail = found
             raise ConfigError(f"{folder}: {detail}", field)
-    return StoredPolicy(folder.name, deployment, bundles)
+    documents = {name: (folder / name).read_bytes() for name in DOCUMENTS if (folder / name).is_file()}
+    return StoredPolicy(folder.name, deployment, bundles, documents)
 
 
 def read_folder(folder: Path, read: Read = read_bundle) -> PolicyBundle:
@@ -141,13 +144,13 @@ def difference(bundle: PolicyBundle, champion: PolicyBundle) -> tuple[str, str] 
     whole action space. What training has seen of a feature is a version's own.
     """
     mine, theirs = bundle.observation, champion.observation
-    for field, here, there in (
+    for where, here, there in (
         ("observation", (mine.shape, mine.dtype, mine.names), (theirs.shape, theirs.dtype, theirs.names)),
         ("action", bundle.action, champion.action),
     ):
         if here != there:
-            what = "observes something else" if field == "observation" else "has other actions"
-            return field, f"{bundle.version} {what} than {champion.version}: {_brief(here)}, not {_brief(there)}"
+            what = "observes something else" if where == "observation" else "has other actions"
+            return where, f"{bundle.version} {what} than {champion.version}: {_brief(here)}, not {_brief(there)}"
     return None
 
 

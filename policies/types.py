@@ -89,6 +89,22 @@ class ObservationSpec:
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which `finite_rows` finds
             return np.asarray(states, dtype=self.dtype).reshape(len(states), *self.shape)
 
+    def within(self, states: npt.NDArray[np.floating]) -> Bools:
+        """Whether each of B observations [B, *shape] is finite and within the features' declared bounds, bool [B]."""
+        flat = states.reshape(len(states), -1)
+        within: Bools = np.isfinite(flat).all(axis=1)
+        if self.features:
+            low, high = self.bounds
+            within &= ((low <= flat) & (flat <= high)).all(axis=1)
+        return within
+
+    @cached_property
+    def bounds(self) -> tuple[Floats, Floats]:
+        """The features' low and high, float64 [size] each, infinite where they declare none."""
+        low = [-math.inf if feature.low is None else feature.low for feature in self.features]
+        high = [math.inf if feature.high is None else feature.high for feature in self.features]
+        return np.array(low), np.array(high)
+
     def label(self, index: int) -> str:
         """Name the element at flat `index` as a caller would: `state.cpu`, `state[2][0]`."""
         if self.features:

@@ -20,6 +20,8 @@ import structlog
 from policies.errors import LedgerBroken, LedgerFull
 from policies.route import Assignment, assign, unit_of
 from policies.types import Floats
+from safety.halt import combined
+from service.breakers import Breakers
 from service.clock import Clock
 from service.ids import RANDOM_BYTES, Keyring
 from service.inference import Inference
@@ -46,6 +48,7 @@ class Decider:
         clock: Clock,
         metrics: Metrics,
         inference: Inference,
+        breakers: Breakers,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.plan = plan  # replaced whole when versions come and go; a batch keeps the one it began with
@@ -56,7 +59,8 @@ class Decider:
         self._metrics = metrics
         self._inference = inference
         self._random = random
-        self.safeguards = Safeguards()  # replaced whole; read after inference
+        self._breakers = breakers
+        self._safeguards = Safeguards()
         self.memories = inference.memories
         self.pins = Pins()
 
@@ -68,7 +72,7 @@ class Decider:
         """Route the rows and run each version's network once."""
         groups = self._route(self.plan, rows)
         for group in groups:
-            await self._inference.run(group)
+            await self._ask(group)
         return groups
 
     async def settle(self, groups: list[Group]) -> list[Outcome]:
@@ -83,17 +87,50 @@ class Decider:
             return self._count(last_resort(groups))
         return await self._record(answers)
 
+    def renew(self, plan: Plan) -> None:
+        """Decide by another plan from the next batch on."""
+        self.plan = plan
+        self._breakers.keep(plan.versions.values())
+
+    @property
+    def safeguards(self) -> Safeguards:
+        """What operators say of safety; replaced whole, read after inference."""
+        return self._safeguards
+
+    @safeguards.setter
+    def safeguards(self, now: Safeguards) -> None:
+        self._safeguards = now
+        self._breakers.follow(now.tripped)
+
+    async def _ask(self, group: Group) -> None:
+        """Run a group's network, if its breaker lets it."""
+        if not self._breakers.admits(group.version):
+            group.failure = "breaker_open"
+            return
+        await self._inference.run(group)
+        if self._breakers.observe(group) and group.plan.baseline is not None:
+            self._inference.time(group, group.plan.versions[group.plan.baseline], self._breakers.observe_baseline)
+
     async def _judge(self, groups: list[Group]) -> list[tuple[Group, Judged]]:
         """Hold groups against the safety side as it is now; what the baseline must answer it is asked first."""
         for hand_over in (True, True, False):  # a kill switch may be thrown while the baseline is asked
-            judged = [(group, judge(group, self.safeguards, hand_over=hand_over)) for group in groups]
+            judged = [(group, judge(group, self.safeguards, self._instead(group, hand_over))) for group in groups]
             if not any(verdict.handed_over for _, verdict in judged):
                 break
             groups = [part for group, verdict in judged for part in hand_rows_over(group, verdict)]
             for group in groups:
                 if group.stand_in and group.outputs is None and group.failure is None:
-                    await self._inference.run(group)
+                    await self._ask(group)
         return judged
+
+    def _instead(self, group: Group, hand_over: bool) -> str | None:
+        """The version that answers where a group's own may not; None: the fallback does."""
+        plan, label = group.plan, group.version.bundle.version
+        if not hand_over or label == plan.baseline:
+            return None
+        if label == plan.routes.challenger and self._breakers.able(plan, plan.routes.champion):
+            return plan.routes.champion
+        return plan.baseline
 
     def _route(self, plan: Plan, rows: Sequence[Row]) -> list[Group]:
         ids = self._keyring.mint(self._clock.event_ms(), plan.digest, self._random(RANDOM_BYTES * len(rows)))
@@ -135,7 +172,7 @@ class Decider:
         """The exploration strength in force now: none where the caller or an operator forbids it, where
         the baseline stands in, and when nothing is recorded.
         """
-        frozen = "freeze_exploration" in self.safeguards.halts or group.stand_in is not None
+        frozen = group.stand_in is not None or not combined(self.safeguards.halts).explores
         strength = group.version.bundle.epsilon if self._ledger.accepting and not frozen else 0.0
         return np.array([strength if row.explore else 0.0 for row in group.rows])
 

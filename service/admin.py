@@ -15,13 +15,14 @@ from fastapi.responses import JSONResponse
 
 from policies.deployment import Deployment
 from policies.errors import InvalidField, UnknownPolicy, UnknownVersion
+from safety.exploration import Exploration
 from safety.halt import KillSwitch
 from service import access
 from service.access import Worker
 from service.runtime import Runtime
 from service.standing import PolicyState
 from service.upload import read_upload
-from service.views import deployment_view, halts_view, policy_view, version_line, version_view
+from service.views import deployment_view, exploration_view, halts_view, policy_view, version_line, version_view
 from service.wire import decode
 
 
@@ -66,6 +67,7 @@ _HALTS = {
         },
     }
 }
+_EXPLORATION = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 _DEPLOYMENT = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 
 
@@ -106,6 +108,26 @@ async def halt(policy: str, request: Request, worker: Worker) -> JSONResponse:
     wanted = decode(await request.body(), Halts)
     state = await worker.changes.halt(policy, wanted.on, BY)
     return JSONResponse(halts_view(state), headers=_tag(state))
+
+
+@router.get("/policies/{policy}/exploration", summary="How a policy explores, and its budgets")
+async def exploration(policy: str, worker: Worker) -> Response:
+    state = _find(worker, policy)
+    return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=_tag(state))
+
+
+@router.put("/policies/{policy}/exploration", summary="Say how a policy explores", openapi_extra=_EXPLORATION)
+async def explore(policy: str, request: Request, worker: Worker, if_match: IfMatch = None) -> Response:
+    wanted = decode(await request.body(), Exploration)
+    state = await worker.changes.explore(policy, wanted, _generation(if_match), BY)
+    return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=_tag(state))
+
+
+@router.post("/policies/{policy}/versions/{label}/rearm", summary="Close a version's breaker again, everywhere")
+async def rearm(policy: str, label: str, worker: Worker) -> Response:
+    state = await worker.changes.rearm(policy, label, BY)
+    view = await version_view(state, label, worker.catalog.loading)
+    return Response(msgspec.json.encode(view), media_type="application/json")
 
 
 @router.post(

@@ -27,6 +27,7 @@ from service.control import UNREADABLE, Control, Snapshot
 from service.loading import Loading
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan, Safeguards
+from service.safeguards import document_of
 from service.serving import plan_of
 from service.standing import Document, Failure, Known, PolicyState, standby
 
@@ -51,15 +52,17 @@ class Catalog:
         loading: Loading,
         publish: Callable[[Plan, Deployment], None],
         guard: Callable[[str, Safeguards], None],
+        trips: list[tuple[str, str]],
         metrics: Metrics,
         clock: Clock,
         max_loaded: int,
     ) -> None:
-        self.states = {seed.name: PolicyState(seed.name, seed) for seed in seeds}
+        self.states = {seed.name: PolicyState(seed.name, seed, document_of(seed)) for seed in seeds}
         self.store, self.control, self.loading = store, control, loading
         self._snapshot = snapshot
         self._publish = publish
         self._guard = guard
+        self._trips = trips
         self._metrics = metrics
         self._clock = clock
         self._max_loaded = max_loaded
@@ -99,8 +102,9 @@ class Catalog:
                 await self._read()
             except AWAY as error:
                 log.debug("deployments_not_read", reason=error.detail)
+            self._take_trips()
             for state in self.states.values():
-                await self._agree_on_halts(state)
+                await self._agree(state)
                 self._safeguard(state)
                 await self._advance(state)
             known = {name: state.known for name, state in self.states.items() if state.known != Known()}
@@ -220,23 +224,34 @@ class Catalog:
 
     def _safeguard(self, state: PolicyState) -> None:
         """Put the safety side in force, whether or not what is deployed with it can be loaded."""
-        if state.guarded != (now := (state.halts,)):
-            self._guard(state.name, Safeguards(state.halts))
-            state.guarded = now
-            log.warning("kill_switches", policy=state.name, on=sorted(state.halts))
+        now = Safeguards(state.halts, state.tripped)
+        if state.safeguards != now:
+            self._guard(state.name, now)
+            state.safeguards = now
+            log.warning("safeguards", policy=state.name, halts=sorted(now.halts), tripped=sorted(now.tripped))
 
-    async def _agree_on_halts(self, state: PolicyState) -> None:
-        """Tell Redis what was thrown here while it was away; forget it once Redis says the same."""
+    async def _agree(self, state: PolicyState) -> None:
+        """Tell Redis what was thrown or has tripped here; forget it once Redis says the same."""
         document = state.document
-        if not state.halted_here or document is None:
+        if document is None or not (state.halted_here or state.tripped_here):
             return
-        if not state.halted_here <= frozenset(document.halts):
-            halts = tuple(sorted(state.halts))
-            wanted = replace(document, generation=document.generation + 1, halts=halts)
-            with contextlib.suppress(StoreAway):
-                await self.control.change(state.name, wanted, 0 if state.seeded is None else 1)
-            return  # the next reading shows what came of it
-        state.halted_here = frozenset()
+        if state.halts <= frozenset(document.halts) and state.tripped <= frozenset(document.tripped):
+            state.halted_here, state.tripped_here = frozenset(), frozenset()
+            return
+        wanted = replace(
+            document,
+            generation=document.generation + 1,
+            halts=tuple(sorted(state.halts)),
+            tripped=tuple(sorted(state.tripped & state.labels)),
+        )
+        with contextlib.suppress(StoreAway):  # the next reading shows what came of it
+            await self.control.change(state.name, wanted, 0 if state.seeded is None else 1)
+
+    def _take_trips(self) -> None:
+        while self._trips:
+            name, label = self._trips.pop()
+            log.error("breaker_tripped", policy=name, version=label)
+            self.states[name].tripped_here |= {label}
 
     def _renew(self, state: PolicyState) -> None:
         """Publish a plan when what is deployed, or what is loaded, has changed."""

@@ -3,6 +3,8 @@
     push:    gate -> alike? -> store -> tell the others -> a new policy is deployed -> loaded here
     deploy:  versions there? -> loaded here? -> compare and set -> served here
     halt:    in force here -> compare and set
+    rearm:   compare and set -> closed here
+    explore: fits the policy? -> compare and set -> in force here
     delete:  not live? -> kept out of deployments -> out of the store -> tell the others
 
 Duty: the order, and the refusals. It knows nothing of HTTP.
@@ -34,6 +36,7 @@ from policies.errors import (
     VersionReadOnly,
 )
 from policies.store import StoredVersion, difference, refs_of
+from safety.exploration import Exploration
 from safety.halt import KillSwitch
 from service.catalog import AWAY, Catalog
 from service.clock import Clock
@@ -120,6 +123,30 @@ class Changes:
                     await self._set(state, replace(document, halts=tuple(sorted(wanted))), by)
                 await self._catalog.converge()  # which forgets what was thrown here once Redis says the same
                 return
+
+    async def rearm(self, policy: str, label: str, by: str) -> PolicyState:
+        """Close a version's breaker again, everywhere. Raises UnknownVersion, StoreAway or BundlesAway."""
+        state = await self._catalog.refresh(policy)
+        if label not in state.labels:
+            raise UnknownVersion(f"there is no version {policy}/{label}", "version")
+        while True:
+            document = _document(state)
+            state.tripped_here -= {label}
+            with contextlib.suppress(GenerationMoved):
+                if label in document.tripped:
+                    left = tuple(each for each in document.tripped if each != label)
+                    await self._set(state, replace(document, tripped=left), by)
+                await self._catalog.converge()
+                return state
+            await self._catalog.refresh(policy)
+
+    async def explore(self, policy: str, wanted: Exploration, expected: int | None, by: str) -> PolicyState:
+        """Replace how a policy explores, and its budgets. Raises as `deploy`."""
+        state = await self._at(policy, expected)
+        document = _document(state)
+        await self._set(state, replace(document, exploration=wanted), by)
+        await self._catalog.converge()
+        return state
 
     async def delete(self, policy: str, label: str) -> None:
         """Remove a version. Raises UnknownVersion, VersionLive, VersionReadOnly, StoreAway or BundlesAway."""

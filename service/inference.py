@@ -2,27 +2,29 @@
 
 Duty: fill `group.outputs`, or `group.failure`; recurrent versions step episode by episode. It draws nothing, records
 nothing, and never raises.
-Strategy: predicted up to 500 µs on a CPU a call runs inline on the loop; above, or on a GPU, on the one thread of the
-device, with a deadline. Rows of one episode take their steps one after the other, in waves of at most one row per
-episode, each wave one call.
+Strategy: predicted up to 500 µs on a CPU a call runs inline on the loop; above, or on a GPU, or where a state's numbers
+may make it longer, on the one thread of the device. Either way the engine ends it at the limit. Rows of one episode
+take their steps one after the other, in waves of at most one row per episode, each wave one call.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import cast
 
 import numpy as np
 import structlog
 
-from policies.engine import Engine
+from policies.bundle import PolicyBundle
+from policies.engine import Engine, Overdue
 from policies.network import Memory, Outputs
 from policies.types import Bools
 from safety.mask import request_mask
 from service.clock import Clock
 from service.memory import Memories
-from service.plan import Group
+from service.plan import Group, LoadedVersion
 
 # Above this predicted duration a call leaves the event loop: a thread hop costs 30 to 60 µs itself.
 INLINE_S = 500e-6
@@ -46,26 +48,43 @@ class Inference:
             if bundle.interface.recurrent:
                 group.outputs = await self._steps(group)
             else:
-                group.outputs, _ = await self._call(group.version.engine, group.states, _mask(group), None)
-        except TimeoutError:
+                group.outputs, _ = await self._call(group.version.engine, group.states, _mask(group, bundle), None)
+        except (TimeoutError, Overdue):
             group.failure = "inference_timeout"
+            log.warning("inference_timeout", policy=bundle.policy, version=bundle.version, limit_s=self._timeout_s)
         except Exception as error:
             group.failure = "inference_failed"
             log.error("inference_failed", policy=bundle.policy, version=bundle.version, error=str(error))
         group.infer_s = self._clock.monotonic_s() - started
         group.version.metrics.inference.observe(group.infer_s)
 
+    def time(self, group: Group, version: LoadedVersion, told: Callable[[bool], None]) -> None:
+        """Ask another version about a group's rows on the device's thread, to see how long it takes. Nobody waits."""
+        interface, engine = version.bundle.interface, version.engine
+
+        def ask() -> float:
+            memory = engine.first_memory(len(group.rows)) if interface.recurrent else None
+            started = self._clock.monotonic_s()
+            engine.step(group.states, _mask(group, version.bundle), memory)
+            return self._clock.monotonic_s() - started
+
+        def done(asked: asyncio.Future[float]) -> None:
+            if not asked.cancelled() and asked.exception() is None:  # a faulty call is no pace
+                told(asked.result() * 1000 > version.bundle.latency_budget_ms)
+
+        asyncio.get_running_loop().run_in_executor(self._device, ask).add_done_callback(done)
+
     async def _call(
         self, engine: Engine, states: Outputs, mask: Bools | None, memory: Memory | None
     ) -> tuple[Outputs, Memory]:
-        if engine.device == "cpu" and engine.predicted_s(len(states)) <= INLINE_S:
-            return engine.step(states, mask, memory)
+        if engine.device == "cpu" and not engine.may_hang and engine.predicted_s(len(states)) <= INLINE_S:
+            return engine.step(states, mask, memory, self._timeout_s)
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(self._timeout_s):
-            return await loop.run_in_executor(self._device, engine.step, states, mask, memory)
+        async with asyncio.timeout(self._timeout_s):  # waiting for the thread counts
+            return await loop.run_in_executor(self._device, engine.step, states, mask, memory, self._timeout_s)
 
     async def _steps(self, group: Group) -> Outputs:
-        mask = _mask(group)
+        mask = _mask(group, group.version.bundle)
         outputs: Outputs | None = None
         for wave in _waves([row.episode for row in group.rows]):
             before = self._recall(group, wave)
@@ -104,9 +123,8 @@ class Inference:
                 self.memories.keep(row.episode, row.step, digest, group.ids[i], before[at].copy(), new, now_s)
 
 
-def _mask(group: Group) -> Bools | None:
+def _mask(group: Group, bundle: PolicyBundle) -> Bools | None:
     """What the callers allow, for a network that wants to know. Rules see its answer, not its question."""
-    bundle = group.version.bundle
     if bundle.interface.mask is None:
         return None
     return request_mask([cast(tuple[int, ...] | None, row.allowed) for row in group.rows], bundle.action.size)

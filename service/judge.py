@@ -1,9 +1,9 @@
 """What may be drawn for a group whose network has answered, and who else must answer. Pure.
 
-    kill switches -> rules -> who answers: the version, the baseline, the fallback
+    kill switches -> breaker -> rules -> who answers: the version, another, the fallback
 
 Duty: the safety side of a decision before the draw, for all rows of a group at once. It draws nothing and asks no
-network: a row that the baseline must answer is only said to be one, `act.py` hands it over.
+network: a row that another version must answer is only said to be one, `act.py` hands it over.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from policies.types import Box
 from safety.chain import constrain, constrain_box
+from safety.halt import combined
 from safety.types import BoxConstraint, Constraint, FallbackReason
 from service.plan import Group, Safeguards
 
@@ -24,35 +25,41 @@ class Judged:
     """What safety says about a group's B rows.
 
     denied: why the fallback answers a row, where that is settled already; its part of the constraint is empty.
-    baseline: why the baseline version must answer a row in place of this one.
+    instead: the version that must answer some rows in place of this one, and why for each of them.
     """
 
     constraint: Constraint | BoxConstraint
     denied: list[FallbackReason | None]
-    baseline: list[str | None]
+    instead: str | None
+    reasons: list[str | None]
 
     @property
     def handed_over(self) -> list[int]:
-        """Rows that the baseline must answer."""
-        return [i for i, reason in enumerate(self.baseline) if reason is not None]
+        """Rows that the other version must answer."""
+        return [i for i, reason in enumerate(self.reasons) if reason is not None]
 
 
-def judge(group: Group, safeguards: Safeguards, *, hand_over: bool) -> Judged:
-    """Judge a group. Where the baseline should answer but cannot (there is none, this is it, or `hand_over` is false
-    because it had its chance), the fallback does.
-    """
+def judge(group: Group, safeguards: Safeguards, instead: str | None) -> Judged:
+    """Judge a group. instead: the version that answers where the group's own may not; None: the fallback does."""
     count = len(group.rows)
     denied: list[FallbackReason | None] = [None] * count
-    baseline: list[str | None] = [None] * count
-    is_baseline = group.version.bundle.version == group.plan.baseline
-    if "fallback_only" in safeguards.halts:
+    reasons: list[str | None] = [None] * count
+    answers = combined(safeguards.halts).answers
+    if answers == "fallback":
         denied = ["fallback_only"] * count
-    elif "baseline_only" in safeguards.halts and not is_baseline:
-        baseline = ["baseline_only"] * count
-    if group.plan.baseline is None or is_baseline or not hand_over:
-        denied = [why or ("no_baseline" if wanted else None) for why, wanted in zip(denied, baseline, strict=True)]
-        baseline = [None] * count
-    return Judged(_emptied(_constraint(group), denied), denied, baseline)
+    elif answers == "baseline" and group.version.bundle.version != group.plan.baseline:
+        instead, reasons = group.plan.baseline if instead else None, ["baseline_only"] * count
+    elif group.failure == "breaker_open":
+        reasons = ["breaker_open"] * count
+    if instead is None:
+        denied = [why or _without(reason) for why, reason in zip(denied, reasons, strict=True)]
+        reasons = [None] * count
+    return Judged(_emptied(_constraint(group), denied), denied, instead, reasons)
+
+
+def _without(reason: str | None) -> FallbackReason | None:
+    """Why the fallback answers a row that another version should have answered."""
+    return None if reason is None else "breaker_open" if reason == "breaker_open" else "no_baseline"
 
 
 def _constraint(group: Group) -> Constraint | BoxConstraint:
@@ -75,18 +82,17 @@ def _emptied(constraint: Constraint | BoxConstraint, denied: list[FallbackReason
 
 
 def hand_rows_over(group: Group, judged: Judged) -> list[Group]:
-    """Split a group into the rows that its version answers and those that the baseline must be asked about."""
+    """Split a group into the rows that its version answers and those that another must be asked about."""
     moved = judged.handed_over
     if not moved:
         return [group]
-    baseline = group.plan.versions[cast(str, group.plan.baseline)]
     handed = replace(
         group.some(moved),
-        version=baseline,
+        version=group.plan.versions[cast(str, judged.instead)],
         outputs=None,
         failure=None,
         state_reset=[False] * len(moved),
-        stand_in=[judged.baseline[i] for i in moved],
+        stand_in=[judged.reasons[i] for i in moved],
     )
-    kept = [i for i, reason in enumerate(judged.baseline) if reason is None]
+    kept = [i for i, reason in enumerate(judged.reasons) if reason is None]
     return [group.some(kept), handed] if kept else [handed]

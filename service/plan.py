@@ -83,6 +83,7 @@ class Safeguards:
     """The safety side of a policy's control state. Read after inference, so that a halt thrown meanwhile wins."""
 
     halts: frozenset[KillSwitch] = frozenset()
+    tripped: frozenset[str] = frozenset()  # versions whose breaker stays open until an operator re-arms it
 
 
 @dataclass(slots=True)

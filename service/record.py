@@ -18,7 +18,7 @@ from policies.bundle import PolicyBundle
 from policies.draw import Drawn
 from policies.errors import NoSafeAction
 from policies.explore import Behaviour
-from policies.types import Box, Choices, columns
+from policies.types import Box, Choices, Role, columns
 from safety.fallback import reason
 from safety.types import FallbackReason
 from service.decision import DecisionEvent, Event, Record, action_text, encode_events, encode_record
@@ -137,7 +137,7 @@ class _Rows:
             assigned_version=assigned.version,
             version=self._bundle.version,
             digest=self._bundle.digest,
-            role="baseline" if group.stand_in else assigned.role,
+            role=self._role(assigned.role),
             stand_in=group.stand_in[i] if group.stand_in else None,
             generation=self._plan.generation,
             dtype=self._bundle.observation.wire_dtype,
@@ -170,6 +170,11 @@ class _Rows:
             state_reset=group.state_reset[i],
             **(self._points.of(i, passed) if self._points else {}),
         )
+
+    def _role(self, assigned: Role) -> Role:
+        if self._group.stand_in is None:
+            return assigned
+        return "champion" if self._bundle.version == self._plan.routes.champion else "baseline"
 
     def event(self, i: int, record: Record) -> DecisionEvent:
         row = self._group.rows[i]

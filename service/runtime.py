@@ -138,6 +138,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             loading,
             serving.publish,
             serving.safeguard,
+            serving.trips,
             metrics,
             clock,
             settings.max_loaded,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from policies.deployment import Deployment
 from policies.route import Routes
 from service.act import Decider
+from service.breakers import Breakers
 from service.clock import Clock
 from service.coalesce import Coalescer
 from service.hot import Served
@@ -47,6 +48,7 @@ class Serving:
     configs: dict[str, JoinConfig]
     policies: dict[str, Served] = field(default_factory=dict)
     rewarded: dict[bytes, Rewarded] = field(default_factory=dict)
+    trips: list[tuple[str, str]] = field(default_factory=list)  # versions that tripped here; `catalog.py` takes them
     _safeguards: dict[str, Safeguards] = field(default_factory=dict)
     _listed: dict[str, dict[str, tuple[str, str, str, str]]] = field(default_factory=dict)
 
@@ -64,7 +66,7 @@ class Serving:
         if served is None:
             served = self._open(plan)
         else:
-            served.coalescer.decider.plan = plan
+            served.coalescer.decider.renew(plan)
         self.rewarded[plan.digest] = Rewarded(
             name, plan.observation, plan.action, served.states, plan.window_ms, served.coalescer.decider.memories.ended
         )
@@ -87,7 +89,8 @@ class Serving:
         self.shipper.register(plan.policy)
         memories = Memories(settings.recurrent_memory_bytes, settings.recurrent_ttl_s)
         inference = Inference(self.device, self.clock, settings.inference_timeout_s, memories)
-        decider = Decider(plan, self.ledger, self.keyring, self.clock, self.metrics, inference)
+        breakers = Breakers(self.clock, lambda policy, label: self.trips.append((policy, label)))
+        decider = Decider(plan, self.ledger, self.keyring, self.clock, self.metrics, inference, breakers)
         decider.safeguards = self._safeguards.get(plan.policy, Safeguards())
         coalescer = Coalescer(decider, settings.max_batch)
         return Served(plan.policy, plan.observation, plan.action, StateReader(plan.observation), coalescer)

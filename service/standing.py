@@ -13,8 +13,9 @@ from msgspec import Struct
 from policies.bundle import PolicyBundle
 from policies.deployment import Deployment
 from policies.store import StoredPolicy, StoredVersion
+from safety.exploration import Exploration
 from safety.halt import KillSwitch
-from service.plan import LoadedVersion
+from service.plan import LoadedVersion, Safeguards
 
 
 class Document(Struct, frozen=True):
@@ -28,7 +29,9 @@ class Document(Struct, frozen=True):
     changed_at_ms: int
     changed_by: str
     safety: str = ""  # `safety.yaml` as it was sent; empty: no rules
+    exploration: Exploration | None = None  # None: each version's own ε, without a budget
     halts: tuple[KillSwitch, ...] = ()  # kill switches that are on
+    tripped: tuple[str, ...] = ()  # versions whose breaker an operator has to re-arm
 
 
 class Known(Struct, frozen=True):
@@ -54,20 +57,17 @@ class PolicyState:
 
     name: str
     seed: StoredPolicy | None = None  # of the directory of the start
+    seeded: Document | None = None  # how the directory deploys it
     known: Known = field(default_factory=Known)
     cached: bool = False  # `known` is a snapshot's: Redis has not been asked yet
-    halted_here: frozenset[KillSwitch] = frozenset()  # thrown here while Redis could not be told
+    halted_here: frozenset[KillSwitch] = frozenset()  # thrown here, and Redis does not say so yet
+    tripped_here: frozenset[str] = frozenset()  # the same for breakers
     listed_s: float = float("-inf")
     loaded: dict[str, LoadedVersion] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     served: Document | None = None
-    guarded: tuple[object, ...] | None = None  # the safety side in force, as `catalog.py` compares it
+    safeguards: Safeguards = field(default_factory=Safeguards)  # in force
     published: dict[str, str] = field(default_factory=dict)  # digests of the plan in force, by label
-
-    @property
-    def seeded(self) -> Document | None:
-        """How the directory deploys the policy."""
-        return None if self.seed is None else Document(1, self.seed.deployment, 0, "directory")
 
     @property
     def document(self) -> Document | None:
@@ -83,6 +83,11 @@ class PolicyState:
     def halts(self) -> frozenset[KillSwitch]:
         """Kill switches that are on for this worker."""
         return self.halted_here | frozenset(self.document.halts if self.document else ())
+
+    @property
+    def tripped(self) -> frozenset[str]:
+        """Versions whose breaker is open until it is re-armed."""
+        return self.tripped_here | frozenset(self.document.tripped if self.document else ())
 
     @property
     def live(self) -> set[str]:

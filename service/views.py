@@ -53,6 +53,13 @@ def halts_view(state: PolicyState) -> dict[str, Any]:
     return {"policy": state.name, "on": sorted(state.halts), "published": published}
 
 
+def exploration_view(state: PolicyState) -> dict[str, Any]:
+    """How a policy explores, as a change sends it back; {} where every version explores by its own ε."""
+    declared = None if state.document is None else state.document.exploration
+    view: dict[str, Any] = {} if declared is None else msgspec.to_builtins(declared)
+    return view
+
+
 def version_line(state: PolicyState, label: str) -> dict[str, Any]:
     """A version in short, from what is in memory."""
     loaded, entry, failure = state.loaded.get(label), state.known.versions.get(label), state.failures.get(label)
@@ -67,6 +74,7 @@ def version_line(state: PolicyState, label: str) -> dict[str, Any]:
         "role": None if document is None else document.deployment.role_of(label),
         "loaded": state.has(label),
         "device": loaded.engine.device if loaded else None,
+        "tripped": label in state.tripped,
         "failure": None if failure is None else {"check": failure.check, "detail": failure.reason},
         "bytes": entry.size if entry else len(bundle.model) if bundle else None,
         "pushed_at_ms": entry.pushed_at_ms if entry else None,

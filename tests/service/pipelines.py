@@ -14,6 +14,7 @@ from policies.bundle import read_bundle
 from policies.engine import Engine
 from policies.route import Routes
 from service.act import Decider
+from service.breakers import Breakers
 from service.clock import ManualClock
 from service.decision import DecisionEvent, decode_events
 from service.ids import Keyring, policy_digest
@@ -74,6 +75,7 @@ def decider(
                 clock,
                 metrics or Metrics(CollectorRegistry()),
                 Inference(device, clock, timeout_s, Memories(1 << 20, 600.0)),
+                Breakers(clock, lambda *_: None),
                 random=lambda size: b"".join(next(numbers).to_bytes(10, "big") for _ in range(size // 10)),
             ),
             ledger,
