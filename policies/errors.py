@@ -33,6 +33,7 @@
     │   ├── BundlesAway      503     the store of bundles does not answer
     │   └── NotReady         503     keys or policies are not loaded yet
     ├── BundleError          422     a policy bundle that is refused; `check` names the check that refused it
+    ├── SafetyError          422     a `safety.yaml` that is refused; `errors` names every place with line and column
     └── ConfigError          500     a setting or a file of the deployment is wrong; the service does not start
 
 Foreign errors are translated in the file that imports the foreign library. One handler, in `service/api.py`,
@@ -41,7 +42,8 @@ turns this tree into `application/problem+json`.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 
 class SurefootError(Exception):
@@ -252,6 +254,27 @@ class BundleError(SurefootError):
     def __init__(self, detail: str, field: str | None = None, check: str = "manifest") -> None:
         super().__init__(detail, field)
         self.check = check
+
+
+class SafetyFault(NamedTuple):
+    """One thing that is wrong in a `safety.yaml`, and where. line, column: from 1."""
+
+    field: str
+    detail: str
+    line: int
+    column: int
+
+
+class SafetyError(SurefootError):
+    """Safety rules that are refused. `errors` holds everything that was found wrong, in the order of the file."""
+
+    code = "invalid_safety"
+    status = 422
+    title = "The safety rules are refused"
+
+    def __init__(self, detail: str, field: str | None = None, errors: Sequence[SafetyFault] = ()) -> None:
+        super().__init__(detail, field)
+        self.errors = tuple(errors)
 
 
 class ConfigError(SurefootError):

@@ -18,7 +18,8 @@ Per = Literal["key", "policy"]
 # replica counts alone, so that R replicas may together execute R times the limit.
 Scope = Literal["shared", "strict", "local"]
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+# Python's `$` alone would take a name that ends in a line break.
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}(?!\n)$")]
 Choice = int | str  # of one factor
 Positive = Annotated[float, Meta(gt=0)]
 Seconds = Annotated[float, Meta(gt=0, le=31 * 86_400)]

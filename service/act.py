@@ -19,10 +19,11 @@ import structlog
 
 from policies.errors import LedgerBroken, LedgerFull
 from policies.route import Assignment, assign, unit_of
-from policies.types import Floats
 from safety.halt import combined
+from service.allowance import Strength, Terms
 from service.breakers import Breakers
 from service.clock import Clock
+from service.holding import Held, reserve, waves
 from service.ids import RANDOM_BYTES, Keyring
 from service.inference import Inference
 from service.judge import Judged, hand_rows_over, judge
@@ -77,18 +78,34 @@ class Decider:
 
     async def settle(self, groups: list[Group]) -> list[Outcome]:
         """Constrain, explore, draw, check, record and answer."""
+        outcomes: dict[int, Outcome] = {}
+        for wave in waves(groups, self.safeguards):
+            rows = sorted(index for group in wave for index in group.index)
+            outcomes.update(zip(rows, await self._settle(wave), strict=True))
+        return [outcomes[index] for index in range(len(outcomes))]
+
+    async def _settle(self, groups: list[Group]) -> list[Outcome]:
+        """Settle rows of which no two wait for each other. Gives outcomes in the order of the batch."""
+        held = None
         try:
-            judged = await self._judge(groups)
+            held = await reserve(groups, self.safeguards)
+            judged = await self._judge(groups, held)
             draw_key = self._keyring.signing.draw
-            settled = [settle(group, verdict, self._epsilon(group), draw_key) for group, verdict in judged]
+            settled = [settle(group, verdict, self._terms(group), draw_key) for group, verdict in judged]
             answers = answer(settled, self._clock.event_ms(), self._keyring.signing.kid)
         except Exception:  # a bug: the promise of a safe answer holds all the same
             log.exception("pipeline_failed", policy=self._policy)
+            executed = {i: group.version.bundle.fallback for group in groups for i in group.index}
+            if held is not None:
+                held.settle(executed)
             return self._count(last_resort(groups))
+        if held is not None:
+            held.settle(answers.executed)
         return await self._record(answers)
 
-    def renew(self, plan: Plan) -> None:
-        """Decide by another plan from the next batch on."""
+    def renew(self, plan: Plan, safeguards: Safeguards) -> None:
+        """Decide by another plan from the next batch on, and by safeguards that fit it."""
+        self.safeguards = safeguards
         self.plan = plan
         self._breakers.keep(plan.versions.values())
 
@@ -111,10 +128,10 @@ class Decider:
         if self._breakers.observe(group) and group.plan.baseline is not None:
             self._inference.time(group, group.plan.versions[group.plan.baseline], self._breakers.observe_baseline)
 
-    async def _judge(self, groups: list[Group]) -> list[tuple[Group, Judged]]:
+    async def _judge(self, groups: list[Group], held: Held | None) -> list[tuple[Group, Judged]]:
         """Hold groups against the safety side as it is now; what the baseline must answer it is asked first."""
         for hand_over in (True, True, False):  # a kill switch may be thrown while the baseline is asked
-            judged = [(group, judge(group, self.safeguards, self._instead(group, hand_over))) for group in groups]
+            judged = [(group, self._verdict(group, held, hand_over)) for group in groups]
             if not any(verdict.handed_over for _, verdict in judged):
                 break
             groups = [part for group, verdict in judged for part in hand_rows_over(group, verdict)]
@@ -122,6 +139,10 @@ class Decider:
                 if group.stand_in and group.outputs is None and group.failure is None:
                     await self._ask(group)
         return judged
+
+    def _verdict(self, group: Group, held: Held | None, hand_over: bool) -> Judged:
+        past = None if held is None else held.past(group, self._clock.monotonic_s())
+        return judge(group, self.safeguards, self._instead(group, hand_over), past)
 
     def _instead(self, group: Group, hand_over: bool) -> str | None:
         """The version that answers where a group's own may not; None: the fallback does."""
@@ -168,13 +189,15 @@ class Decider:
         self.pins.put(row.episode, assignment)
         return assignment, pin is not None
 
-    def _epsilon(self, group: Group) -> Floats:
-        """The exploration strength in force now: none where the caller or an operator forbids it, where
-        the baseline stands in, and when nothing is recorded.
+    def _terms(self, group: Group) -> Terms:
+        """On what terms a group explores now: not at all where the caller or an operator forbids it, where another
+        version stands in, and when nothing is recorded.
         """
-        frozen = group.stand_in is not None or not combined(self.safeguards.halts).explores
-        strength = group.version.bundle.epsilon if self._ledger.accepting and not frozen else 0.0
-        return np.array([strength if row.explore else 0.0 for row in group.rows])
+        own, allowance = group.version.bundle.epsilon, self.safeguards.allowance
+        strength = Strength(own) if allowance is None else allowance.strength(own)
+        open_to = combined(self.safeguards.halts).explores and group.stand_in is None and self._ledger.accepting
+        wanted = np.array([strength.epsilon if open_to and row.explore else 0.0 for row in group.rows])
+        return Terms(wanted, strength, allowance)
 
     async def _record(self, answers: Answers) -> list[Outcome]:
         try:

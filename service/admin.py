@@ -17,11 +17,12 @@ from policies.deployment import Deployment
 from policies.errors import InvalidField, UnknownPolicy, UnknownVersion
 from safety.exploration import Exploration
 from safety.halt import KillSwitch
+from safety.marks import MAX_BYTES
 from service import access
 from service.access import Worker
 from service.runtime import Runtime
 from service.standing import PolicyState
-from service.upload import read_upload
+from service.upload import read_text, read_upload
 from service.views import deployment_view, exploration_view, halts_view, policy_view, version_line, version_view
 from service.wire import decode
 
@@ -67,6 +68,7 @@ _HALTS = {
         },
     }
 }
+_SAFETY = {"requestBody": {"required": True, "content": {"application/yaml": {"schema": {"type": "string"}}}}}
 _EXPLORATION = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 _DEPLOYMENT = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 
@@ -121,6 +123,20 @@ async def explore(policy: str, request: Request, worker: Worker, if_match: IfMat
     wanted = decode(await request.body(), Exploration)
     state = await worker.changes.explore(policy, wanted, _generation(if_match), BY)
     return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=_tag(state))
+
+
+@router.get("/policies/{policy}/safety", summary="The policy's safety.yaml; empty: it has no rules")
+async def safety(policy: str, worker: Worker) -> Response:
+    state = _find(worker, policy)
+    source = "" if state.document is None else state.document.safety
+    return Response(source, media_type="application/yaml", headers=_tag(state))
+
+
+@router.put("/policies/{policy}/safety", summary="Replace the policy's safety.yaml", openapi_extra=_SAFETY)
+async def rule(policy: str, request: Request, worker: Worker, if_match: IfMatch = None) -> JSONResponse:
+    source = await read_text(request.stream(), MAX_BYTES, worker.settings.body_timeout_s)
+    state = await worker.changes.rule(policy, source, _generation(if_match), BY)
+    return JSONResponse(policy_view(state), headers=_tag(state))
 
 
 @router.post("/policies/{policy}/versions/{label}/rearm", summary="Close a version's breaker again, everywhere")

@@ -26,10 +26,10 @@ from service.clock import Clock
 from service.control import UNREADABLE, Control, Snapshot
 from service.loading import Loading
 from service.metrics import Metrics
-from service.plan import LoadedVersion, Plan, Safeguards
+from service.plan import LoadedVersion, Plan
 from service.safeguards import document_of
 from service.serving import plan_of
-from service.standing import Document, Failure, Known, PolicyState, standby
+from service.standing import Document, Failure, Known, PolicyState, SafetySide, standby
 
 POLL_S = 0.5
 # A store may change without a change of `rev` (a crash between the two), or be shared with another deployment.
@@ -51,7 +51,7 @@ class Catalog:
         snapshot: Snapshot,
         loading: Loading,
         publish: Callable[[Plan, Deployment], None],
-        guard: Callable[[str, Safeguards], None],
+        guard: Callable[[str, SafetySide, int], None],
         trips: list[tuple[str, str]],
         metrics: Metrics,
         clock: Clock,
@@ -224,11 +224,10 @@ class Catalog:
 
     def _safeguard(self, state: PolicyState) -> None:
         """Put the safety side in force, whether or not what is deployed with it can be loaded."""
-        now = Safeguards(state.halts, state.tripped)
-        if state.safeguards != now:
-            self._guard(state.name, now)
-            state.safeguards = now
-            log.warning("safeguards", policy=state.name, halts=sorted(now.halts), tripped=sorted(now.tripped))
+        if state.side != (now := state.safety_side):
+            self._guard(state.name, now, state.generation)
+            log.info("safety", policy=state.name, halts=sorted(now.halts), tripped=sorted(now.tripped))
+            state.side = now
 
     async def _agree(self, state: PolicyState) -> None:
         """Tell Redis what was thrown or has tripped here; forget it once Redis says the same."""

@@ -4,6 +4,7 @@
     deploy:  versions there? -> loaded here? -> compare and set -> served here
     halt:    in force here -> compare and set
     rearm:   compare and set -> closed here
+    rule:    readable? fits the policy? -> compare and set -> in force here
     explore: fits the policy? -> compare and set -> in force here
     delete:  not live? -> kept out of deployments -> out of the store -> tell the others
 
@@ -42,6 +43,7 @@ from service.catalog import AWAY, Catalog
 from service.clock import Clock
 from service.control import Going, Moved
 from service.gate import warnings_of
+from service.safeguards import fitting_rules
 from service.standing import Document, PolicyState
 
 
@@ -139,6 +141,19 @@ class Changes:
                 await self._catalog.converge()
                 return state
             await self._catalog.refresh(policy)
+
+    async def rule(self, policy: str, source: str, expected: int | None, by: str) -> PolicyState:
+        """Replace a policy's `safety.yaml`; an empty one removes all rules.
+
+        Raises SafetyError naming line, column and field; otherwise as `deploy`.
+        """
+        state = await self._at(policy, expected)
+        document = _document(state)
+        if source:
+            fitting_rules(source, [version.bundle for version in state.loaded.values()])
+        await self._set(state, replace(document, safety=source), by)
+        await self._catalog.converge()
+        return state
 
     async def explore(self, policy: str, wanted: Exploration, expected: int | None, by: str) -> PolicyState:
         """Replace how a policy explores, and its budgets. Raises as `deploy`."""

@@ -12,6 +12,7 @@ import typer
 
 from policies.errors import SurefootError
 from service.cli_policy import app as policies
+from service.cli_safety import app as safety
 from service.settings import PREFIX, Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Serve reinforcement-learning policies.")
@@ -19,6 +20,7 @@ config = typer.Typer(no_args_is_help=True, help="Settings.")
 transitions = typer.Typer(no_args_is_help=True, help="What trainers read.")
 app.add_typer(config, name="config")
 app.add_typer(policies, name="policy")
+app.add_typer(safety, name="safety")
 app.add_typer(transitions, name="transitions")
 
 

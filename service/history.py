@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from policies.draw import draw, uniforms
-from policies.explore import Behaviour, behave
+from policies.explore import behave
 from policies.heads import target
 from policies.types import HeadKind, columns
+from safety.joint import lift_target, to_indices, to_tuples
 from service.decision import Record, read_action
 
 
@@ -41,16 +42,21 @@ def replay(decision_id: str, mask: bytes, record: Record, draw_key: bytes) -> Re
         return _replay_point(decision_id, mask, record, draw_key)
     allowed = np.frombuffer(mask, dtype=np.bool_)[None, :]
     nvec = record.nvec or (allowed.shape[1],)
-    behaviour: Behaviour = behave(
-        target(_outputs(record, allowed.shape[1]), _head(record), record.temperature, nvec),
+    wanted = target(_outputs(record, sum(nvec)), _head(record), record.temperature, nvec)
+    fallback = _fallback(record, len(nvec)).astype(np.int64)
+    if record.joint:
+        wanted, fallback = lift_target(wanted), to_indices(fallback, nvec)
+    behaviour = behave(
+        wanted,
         allowed,
         np.array([record.epsilon]),
-        _fallback(record, len(nvec)).astype(np.int64),
+        fallback,
         np.frombuffer(record.exploring, dtype="<f8")[None, :] if record.exploring else None,
         np.array([record.frozen]),
     )
-    drawn = draw(behaviour, uniforms(draw_key, [decision_id], 1 + len(nvec)))
-    return Replayed(tuple(drawn.actions[0].tolist()), bool(drawn.explored[0]), float(drawn.propensity[0]), None)
+    drawn = draw(behaviour, uniforms(draw_key, [decision_id], 1 + len(wanted.nvec)))
+    actions = to_tuples(drawn.actions[:, 0], nvec) if record.joint else drawn.actions
+    return Replayed(tuple(actions[0].tolist()), bool(drawn.explored[0]), float(drawn.propensity[0]), None)
 
 
 def _replay_point(decision_id: str, box: bytes, record: Record, draw_key: bytes) -> Replayed:
@@ -135,16 +141,23 @@ def _why(stored: Any, record: Record) -> dict[str, Any]:
         "proposed": record.proposed,
         "overridden": record.overridden,
         "rules": list(record.rules),
+        "rules_digest": record.rules_digest or None,
+        "monitored": list(record.monitored),
         "key_id": record.key_id,
     }
 
 
 def _choice(stored: Any, record: Record) -> dict[str, Any]:
     return {
-        "target": _factors(_row(record.target, "<f8")[0].tolist(), record),
-        "behaviour": _factors(_row(record.behaviour, "<f8")[0].tolist(), record),
-        "mask": _factors([bool(byte) for byte in stored.mask], record),
+        "target": _over(_row(record.target, "<f8")[0].tolist(), record),
+        "behaviour": _over(_row(record.behaviour, "<f8")[0].tolist(), record),
+        "mask": _over([bool(byte) for byte in stored.mask], record),
     }
+
+
+def _over(row: list[Any], record: Record) -> list[Any]:
+    """A row over tuples of choices as it is, others by factor."""
+    return row if record.joint else _factors(row, record)
 
 
 def _factors(row: list[Any], record: Record) -> list[Any]:

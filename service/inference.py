@@ -2,16 +2,17 @@
 
 Duty: fill `group.outputs`, or `group.failure`; recurrent versions step episode by episode. It draws nothing, records
 nothing, and never raises.
-Strategy: predicted up to 500 µs on a CPU a call runs inline on the loop; above, or on a GPU, or where a state's numbers
-may make it longer, on the one thread of the device. Either way the engine ends it at the limit. Rows of one episode
-take their steps one after the other, in waves of at most one row per episode, each wave one call.
+Strategy: predicted up to 500 µs on a CPU a call runs inline on the loop; above, or on a GPU, on the one thread of the
+device; where a state's numbers may make it endless, on a thread of the policy's own, so that it holds up no other.
+Anywhere the engine ends it at the limit. Rows of one episode take their steps one after the other, in waves of at most
+one row per episode, each wave one call.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import cast
 
 import numpy as np
@@ -37,6 +38,7 @@ class Inference:
 
     def __init__(self, device: Executor, clock: Clock, timeout_s: float, memories: Memories) -> None:
         self._device = device
+        self._apart: Executor | None = None  # for versions that may hang
         self._clock = clock
         self._timeout_s = timeout_s
         self.memories = memories
@@ -65,14 +67,14 @@ class Inference:
         def ask() -> float:
             memory = engine.first_memory(len(group.rows)) if interface.recurrent else None
             started = self._clock.monotonic_s()
-            engine.step(group.states, _mask(group, version.bundle), memory)
+            engine.step(group.states, _mask(group, version.bundle), memory, self._timeout_s)
             return self._clock.monotonic_s() - started
 
         def done(asked: asyncio.Future[float]) -> None:
             if not asked.cancelled() and asked.exception() is None:  # a faulty call is no pace
                 told(asked.result() * 1000 > version.bundle.latency_budget_ms)
 
-        asyncio.get_running_loop().run_in_executor(self._device, ask).add_done_callback(done)
+        asyncio.get_running_loop().run_in_executor(self._thread_for(engine), ask).add_done_callback(done)
 
     async def _call(
         self, engine: Engine, states: Outputs, mask: Bools | None, memory: Memory | None
@@ -81,7 +83,15 @@ class Inference:
             return engine.step(states, mask, memory, self._timeout_s)
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(self._timeout_s):  # waiting for the thread counts
-            return await loop.run_in_executor(self._device, engine.step, states, mask, memory, self._timeout_s)
+            thread = self._thread_for(engine)
+            return await loop.run_in_executor(thread, engine.step, states, mask, memory, self._timeout_s)
+
+    def _thread_for(self, engine: Engine) -> Executor:
+        if engine.device != "cpu" or not engine.may_hang:
+            return self._device
+        if self._apart is None:
+            self._apart = ThreadPoolExecutor(1, thread_name_prefix="apart")
+        return self._apart
 
     async def _steps(self, group: Group) -> Outputs:
         mask = _mask(group, group.version.bundle)

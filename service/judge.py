@@ -8,30 +8,65 @@ network: a row that another version must answer is only said to be one, `act.py`
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from policies.types import Box
-from safety.chain import constrain, constrain_box
+from policies.heads import target
+from policies.types import Bools, Box, Target, columns
+from safety.bounds import request_box
+from safety.combine import Pair, combine, combine_box
+from safety.facts import Facts, Verdict
 from safety.halt import combined
+from safety.joint import lift_target
+from safety.mask import request_mask
+from safety.rules import Instead
 from safety.types import BoxConstraint, Constraint, FallbackReason
 from service.plan import Group, Safeguards
+
+if TYPE_CHECKING:
+    from policies.continuous import Gaussian
+    from service.ruling import Bound, Ruling
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What is known of the keys' pasts before the draw, for the rows of a group.
+
+    previous: each key's last executed action. known: bool [B], whether it could be read. verdicts: what rules say that
+    count executions, by name.
+    """
+
+    previous: Sequence[tuple[float, ...] | None]
+    known: Bools
+    verdicts: Mapping[str, Verdict | None]
+
+    @classmethod
+    def unasked(cls, count: int) -> Past:
+        """The past where nobody asked: rules on it deny."""
+        return cls([None] * count, np.zeros(count, dtype=np.bool_), {})
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """What safety says about a group's B rows.
 
-    denied: why the fallback answers a row, where that is settled already; its part of the constraint is empty.
-    instead: the version that must answer some rows in place of this one, and why for each of them.
+    target: what the network says, over tuples of choices where rules speak of them. denied: why the fallback answers a
+    row, where that is settled already; its part of the constraint is empty. instead: the version that must answer some
+    rows in place of this one, and why for each of them. facts, bound: what rules read, for the last look.
     """
 
+    target: Target | Gaussian
     constraint: Constraint | BoxConstraint
     denied: list[FallbackReason | None]
     instead: str | None
     reasons: list[str | None]
+    facts: Facts | None = None
+    bound: Bound | None = None
+    rules_digest: str = ""
+    failed: tuple[str, ...] = ()  # rules whose evaluation raised: they deny
 
     @property
     def handed_over(self) -> list[int]:
@@ -39,14 +74,14 @@ class Judged:
         return [i for i, reason in enumerate(self.reasons) if reason is not None]
 
 
-def judge(group: Group, safeguards: Safeguards, instead: str | None) -> Judged:
+def judge(group: Group, safeguards: Safeguards, instead: str | None, past: Past | None = None) -> Judged:
     """Judge a group. instead: the version that answers where the group's own may not; None: the fallback does."""
+    judged = _ruled(group, safeguards.ruling, past or Past.unasked(len(group.rows)))
+    denied, reasons = _by_rules(judged)
     count = len(group.rows)
-    denied: list[FallbackReason | None] = [None] * count
-    reasons: list[str | None] = [None] * count
     answers = combined(safeguards.halts).answers
     if answers == "fallback":
-        denied = ["fallback_only"] * count
+        denied, reasons = ["fallback_only"] * count, [None] * count
     elif answers == "baseline" and group.version.bundle.version != group.plan.baseline:
         instead, reasons = group.plan.baseline if instead else None, ["baseline_only"] * count
     elif group.failure == "breaker_open":
@@ -54,20 +89,95 @@ def judge(group: Group, safeguards: Safeguards, instead: str | None) -> Judged:
     if instead is None:
         denied = [why or _without(reason) for why, reason in zip(denied, reasons, strict=True)]
         reasons = [None] * count
-    return Judged(_emptied(_constraint(group), denied), denied, instead, reasons)
+    emptied = _emptied(judged.constraint, denied)
+    return replace(judged, constraint=emptied, denied=denied, instead=instead, reasons=reasons)
+
+
+def _ruled(group: Group, ruling: Ruling | None, past: Past) -> Judged:
+    """What the network says, and what rules and callers leave of it."""
+    bundle, count = group.version.bundle, len(group.rows)
+    wanted = _target(group)
+    none: list[Any] = [None] * count
+    if ruling is None:
+        return Judged(wanted, _constraint(group, (), ruling, joint=False), none, None, none)
+    bound = ruling.bind(bundle, bundle.version == group.plan.baseline)
+    facts = Facts(
+        states=group.states,
+        contexts=[row.context for row in group.rows],
+        keys=[row.key for row in group.rows],
+        previous=past.previous,
+        past=past.known,
+        scores=wanted.scores if isinstance(wanted, Target) else None,
+        greedy=isinstance(wanted, Target) and wanted.greedy,
+        faulty=wanted.faulty,
+    )
+    said = bound.filter.judge(facts).with_verdicts(past.verdicts)
+    constraint = _constraint(group, said.pairs, ruling, joint=bound.filter.joint)
+    if isinstance(constraint, Constraint) and isinstance(wanted, Target) and constraint.factors:
+        wanted = lift_target(wanted)
+    return Judged(wanted, constraint, none, None, none, facts, bound, ruling.ruleset.digest, said.failed)
+
+
+def _target(group: Group) -> Target | Gaussian:
+    bundle, outputs = group.version.bundle, group.outputs
+    if outputs is None:
+        outputs = np.full((len(group.rows), bundle.width), np.nan)
+    if isinstance(bundle.action, Box):
+        import policies.continuous as continuous  # loads scipy: only with the first version that needs it
+
+        return continuous.gaussian(outputs, bundle.head)
+    return target(outputs, bundle.head, bundle.temperature, bundle.action.nvec)
+
+
+def _constraint(
+    group: Group, said: Sequence[Pair], ruling: Ruling | None, *, joint: bool
+) -> Constraint | BoxConstraint:
+    space, count = group.version.bundle.action, len(group.rows)
+    on_empty: Instead = "fallback" if ruling is None else ruling.on_empty
+    if isinstance(space, Box):
+        boxes = [cast(tuple[tuple[float, ...], tuple[float, ...]] | None, row.allowed) for row in group.rows]
+        return combine_box(said, request_box(boxes, space.size), space, count, on_empty=on_empty)
+    masks = [cast(tuple[int, ...] | None, row.allowed) for row in group.rows]
+    return combine(said, request_mask(masks, space.size), space, count, on_empty=on_empty, joint=joint)
+
+
+def _by_rules(judged: Judged) -> tuple[list[FallbackReason | None], list[str | None]]:
+    """Rows that rules take away from the version: to the fallback, or to the baseline, and why."""
+    constraint = judged.constraint
+    denied, reasons = list(judged.denied), list(judged.reasons)
+    for i in np.flatnonzero(_without_mass(judged)).tolist():
+        if constraint.on_empty(i) == "baseline":
+            reasons[i] = "no_mass_allowed"
+    for i, answers in enumerate(constraint.instead):
+        taken = [each.name for each in constraint.replaced if each.rows[i]]
+        if answers == "baseline":
+            reasons[i] = f"rule:{taken[0]}" if taken else "nothing_allowed"
+        elif answers == "fallback" and taken:
+            denied[i] = "rule"
+    return denied, reasons
+
+
+def _without_mass(judged: Judged) -> Bools:
+    """Rows whose target has no mass on what is left, bool [B]; a greedy one always has some."""
+    wanted, constraint = judged.target, judged.constraint
+    if (
+        not isinstance(wanted, Target)
+        or not isinstance(constraint, Constraint)
+        or wanted.greedy
+        or wanted.logits is not None
+    ):
+        return np.zeros(len(judged.denied), dtype=np.bool_)
+    lost = np.zeros(len(judged.denied), dtype=np.bool_)
+    for part in columns(wanted.nvec):
+        lost |= ~((wanted.scores[:, part] * constraint.mask[:, part]).sum(axis=1) > 0.0)
+    return lost & ~wanted.faulty
 
 
 def _without(reason: str | None) -> FallbackReason | None:
     """Why the fallback answers a row that another version should have answered."""
-    return None if reason is None else "breaker_open" if reason == "breaker_open" else "no_baseline"
-
-
-def _constraint(group: Group) -> Constraint | BoxConstraint:
-    space = group.version.bundle.action
-    if isinstance(space, Box):
-        boxes = [cast(tuple[tuple[float, ...], tuple[float, ...]] | None, row.allowed) for row in group.rows]
-        return constrain_box(boxes, space)
-    return constrain([cast(tuple[int, ...] | None, row.allowed) for row in group.rows], space)
+    if reason is None or reason in ("breaker_open", "nothing_allowed", "no_mass_allowed"):
+        return cast("FallbackReason | None", reason)
+    return "rule" if reason.startswith("rule:") else "no_baseline"
 
 
 def _emptied(constraint: Constraint | BoxConstraint, denied: list[FallbackReason | None]) -> Constraint | BoxConstraint:
@@ -77,8 +187,8 @@ def _emptied(constraint: Constraint | BoxConstraint, denied: list[FallbackReason
     rows = np.array([why is not None for why in denied])[:, None]
     if isinstance(constraint, BoxConstraint):
         low, high = np.where(rows, np.inf, constraint.low), np.where(rows, -np.inf, constraint.high)
-        return BoxConstraint(low, high, constraint.by_rule)
-    return Constraint(constraint.mask & ~rows, constraint.nvec, constraint.by_rule)
+        return replace(constraint, low=low, high=high)
+    return replace(constraint, mask=constraint.mask & ~rows)
 
 
 def hand_rows_over(group: Group, judged: Judged) -> list[Group]:

@@ -18,9 +18,9 @@ from policies.draw import Drawn
 from policies.errors import SurefootError
 from policies.explore import Behaviour
 from policies.route import Assignment, Routes
-from policies.types import ActionSpec, ObservationSpec, Target
+from policies.types import ActionSpec, Choices, ObservationSpec, Target, columns
 from safety.halt import KillSwitch
-from safety.types import BoxConstraint, Constraint, FallbackReason
+from safety.types import FallbackReason
 from service.allowed import Columns, Ends
 from service.wire import ActResponse
 
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     # Continuous actions need scipy, which is loaded with the first version that has them.
     from policies.continuous import DrawnPoints, Gaussian, PointBehaviour
     from policies.engine import Engine
+    from service.allowance import Allowance
+    from service.judge import Judged
+    from service.limits import Limits
     from service.metrics import VersionMetrics
+    from service.ruling import Ruling
 
 Outcome = ActResponse | SurefootError  # what a row is answered with
 
@@ -51,9 +55,23 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class LoadedVersion:
+    """A version that can be asked. scale: the mean range of its values over its golden states, what prices go by."""
+
     bundle: PolicyBundle
     engine: Engine
     metrics: VersionMetrics
+    scale: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", value_range(self.bundle))
+
+
+def value_range(bundle: PolicyBundle) -> float | None:
+    """The mean, over golden states and factors, of the largest value less the smallest; None where heads have none."""
+    if bundle.head != "q_values" or not isinstance(bundle.action, Choices):
+        return None
+    outputs = bundle.golden_outputs
+    return float(np.mean([np.ptp(outputs[:, part], axis=1).mean() for part in columns(bundle.action.nvec)]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +102,9 @@ class Safeguards:
 
     halts: frozenset[KillSwitch] = frozenset()
     tripped: frozenset[str] = frozenset()  # versions whose breaker stays open until an operator re-arms it
+    ruling: Ruling | None = None  # None: there are no rules but the callers' own
+    limits: Limits | None = None  # None: no rule is about what was executed before
+    allowance: Allowance | None = None  # None: no exploration is declared, each version has its own ε
 
 
 @dataclass(slots=True)
@@ -130,12 +151,16 @@ class Settled:
     """A group after the draw: everything that is recorded and answered. Arrays have a leading axis B."""
 
     group: Group
+    judged: Judged
     target: Target | Gaussian
-    constraint: Constraint | BoxConstraint
     behaviour: Behaviour | PointBehaviour
     drawn: Drawn | DrawnPoints
     proposed: npt.NDArray[np.generic]  # [B, F] or [B, D]
     masked_mass: npt.NDArray[np.float64]
     actions: npt.NDArray[np.generic]  # [B, F] or [B, D]: drawn, or the fallback where the check did not pass
     passed: npt.NDArray[np.bool_]  # the independent check
-    denied: list[FallbackReason | None]  # why the fallback answers where that was settled before the draw
+    paid: npt.NDArray[np.float64]  # what each row would cost of the regret budget, zero where nobody asks
+    windows: str  # the budget's windows that explored rows are charged to
+    left: int | None  # explored decisions that this worker's lease still holds; None: nothing counts them
+    exploring: npt.NDArray[np.float64] | None = None  # choices: weights of the exploring part, None: uniform
+    frozen: npt.NDArray[np.bool_] | None = None  # choices: rows whose own part is the mode

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from policies.errors import BundleError, SurefootError
+from policies.errors import BundleError, SafetyError, SurefootError
 from service.wire import FieldError, Problem
 
 CONTENT_TYPE = "application/problem+json"
@@ -20,7 +20,13 @@ def problem(error: SurefootError, *, instance: str | None = None, row: int | Non
         code=error.code,
         detail=error.detail,
         instance=instance,
-        errors=[FieldError(error.field, error.detail)] if error.field else [],
+        errors=_fields(error),
         row=row,
         check=error.check if isinstance(error, BundleError) else None,
     )
+
+
+def _fields(error: SurefootError) -> list[FieldError]:
+    if isinstance(error, SafetyError) and error.errors:
+        return [FieldError(each.field, each.detail, each.line, each.column) for each in error.errors]
+    return [FieldError(error.field, error.detail)] if error.field else []

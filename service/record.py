@@ -20,40 +20,46 @@ from policies.errors import NoSafeAction
 from policies.explore import Behaviour
 from policies.types import Box, Choices, Role, columns
 from safety.fallback import reason
-from safety.types import FallbackReason
+from safety.types import Constraint, FallbackReason
 from service.decision import DecisionEvent, Event, Record, action_text, encode_events, encode_record
 from service.plan import Group, Outcome, Settled
 from service.wire import INTERNAL, ActResponse, Exploration, PointDistribution, Safety
 
 if TYPE_CHECKING:
-    from policies.continuous import DrawnPoints
+    from policies.continuous import DrawnPoints, PointBehaviour
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One outcome per row of the batch, and the blob of events to record before they leave."""
+    """One outcome per row in the order of the batch, and the blob of events to record before they leave."""
 
     outcomes: list[Outcome]
     blob: bytes
     count: int
     at_ms: int
+    executed: dict[int, tuple[float, ...] | None]  # by place in the batch; None: refused
 
 
 def answer(settled: list[Settled], at_ms: int, kid: int) -> Answers:
     """Build outcomes and events. Rows that may not be answered (`fallback: none`) are refused and not recorded."""
     placed: dict[int, Outcome] = {}
     events: list[Event] = []
+    executed: dict[int, tuple[float, ...] | None] = {}
     for part in settled:
         rows = _Rows(part, at_ms, kid)
         for i, index in enumerate(part.group.index):
+            executed[index] = None if rows.refused(i) else rows.executed(i)
             if rows.refused(i):
                 placed[index] = NoSafeAction("no action is allowed for this state")
                 continue
             record = rows.record(i)
             events.append(rows.event(i, record))
             placed[index] = rows.response(i, record)
-    outcomes = [placed[index] for index in range(len(placed))]
-    return Answers(outcomes, encode_events(events), len(events), at_ms)
+    return Answers(_in_order(placed), encode_events(events), len(events), at_ms, executed)
+
+
+def _in_order(placed: dict[int, Outcome]) -> list[Outcome]:
+    return [placed[index] for index in sorted(placed)]
 
 
 def as_unlogged(outcomes: list[Outcome]) -> list[Outcome]:
@@ -91,7 +97,7 @@ def last_resort(groups: list[Group]) -> list[Outcome]:
                 fallback=INTERNAL,
                 logged=False,
             )
-    return [placed[index] for index in range(len(placed))]
+    return _in_order(placed)
 
 
 class _Rows:
@@ -107,7 +113,7 @@ class _Rows:
         self._kid = kid
         outputs = settled.group.outputs
         self._states = _Slices(settled.group.states)
-        self._masks = _Slices(settled.constraint.recorded())
+        self._masks = _Slices(settled.judged.constraint.recorded())
         self._outputs = _Slices(outputs) if outputs is not None else None
         self._outputs_dtype = outputs.dtype.str if outputs is not None else "<f8"
         self._targets = _Slices(settled.target.distribution())
@@ -120,17 +126,30 @@ class _Rows:
         self._passed = settled.passed.tolist()
         self._proposed = settled.proposed.tolist()
         self._masked = settled.masked_mass.tolist()
+        self._exploring = None if settled.exploring is None else _Slices(settled.exploring)
+        self._frozen = None if settled.frozen is None else settled.frozen.tolist()
+        self._paid = settled.paid.tolist()
+        self._left = settled.left
+        constraint = settled.judged.constraint
+        self._joint = isinstance(constraint, Constraint) and bool(constraint.factors)
         declared = self._bundle.fallback
         self._fallback_action = None if declared is None else self._space.wire(declared)
         self._nvec = self._space.nvec if isinstance(self._space, Choices) and self._space.factors else ()
-        self._points = None if isinstance(settled.drawn, Drawn) else _Points(settled.drawn, self._bundle)
+        self._points = (
+            None
+            if isinstance(settled.drawn, Drawn)
+            else _Points(settled.drawn, cast("PointBehaviour", settled.behaviour), self._bundle)
+        )
 
     def refused(self, i: int) -> bool:
         return self._bundle.fallback is None and (self._fallen[i] or not self._passed[i])
 
+    def executed(self, i: int) -> tuple[float, ...]:
+        return tuple(self._actions[i])
+
     def record(self, i: int) -> Record:
         group, row, assigned = self._group, self._group.rows[i], self._group.assignments[i]
-        rules = self._settled.constraint.rules_against(i, self._proposed[i])
+        rules = self._settled.judged.constraint.rules_against(i, self._proposed[i])
         passed = self._passed[i]
         return Record(
             policy=self._plan.policy,
@@ -168,6 +187,13 @@ class _Rows:
             action_kind=self._space.kind,
             nvec=self._nvec,
             state_reset=group.state_reset[i],
+            exploring=self._exploring[i] if self._exploring else b"",
+            joint=self._joint,
+            rules_digest=self._settled.judged.rules_digest,
+            monitored=self._settled.judged.constraint.monitors_against(i, self._actions[i]),
+            frozen=self._frozen is not None and self._frozen[i],
+            window=self._settled.windows if self._explored[i] else "",
+            price=self._paid[i] if self._explored[i] else 0.0,
             **(self._points.of(i, passed) if self._points else {}),
         )
 
@@ -205,7 +231,7 @@ class _Rows:
             propensity=record.propensity,
             propensity_reason=record.propensity_reason,
             explored=record.explored,
-            exploration=Exploration(record.epsilon),
+            exploration=Exploration(record.epsilon, self._left),
             safety=Safety(
                 record.overridden,
                 cast(Any, record.proposed if proposed is None else proposed),
@@ -234,16 +260,16 @@ class _Rows:
         if not self._fallen[i]:
             return None
         return reason(
-            failure=self._settled.denied[i] or self._group.failure,
+            failure=self._settled.judged.denied[i] or self._group.failure,
             finite=not self._settled.target.faulty[i],
-            nothing_left=self._settled.constraint.nothing_left(i),
+            nothing_left=self._settled.judged.constraint.nothing_left(i),
         )
 
 
 class _Points:
     """What is recorded of a drawn point besides what every decision has."""
 
-    def __init__(self, drawn: DrawnPoints, bundle: PolicyBundle) -> None:
+    def __init__(self, drawn: DrawnPoints, behaviour: PointBehaviour, bundle: PolicyBundle) -> None:
         space = cast(Box, bundle.action)
         self._kinds = drawn.kinds
         self._log_propensity = drawn.log_propensity.tolist()
@@ -251,7 +277,7 @@ class _Points:
         self._raw_log_prob = drawn.raw_log_prob.tolist()
         self._at_bound = drawn.at_bound.tolist()
         self._bounds = np.concatenate(space.bounds).tobytes()
-        self._sigma = b"" if bundle.sigma is None else np.array(bundle.sigma).tobytes()
+        self._sigma = b"" if behaviour.sigma is None else behaviour.sigma.tobytes()
         self._transform = "tanh" if bundle.head == "squashed_gaussian" else bundle.transform
 
     def of(self, i: int, passed: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:policies                                      names of policies that were pushed or deployed at run time
     sf:{policy}:versions  blob:<sha256>:<n>          what `redis_store.py` keeps: versions by label, files in pieces
     sf:{policy}:control  gone:<label>                what `control.py` keeps: the deployment; labels being deleted
+    sf:{policy}:explore  explore:<kind>:<window>  burn    what `leases.py` keeps: exploration's budget, lent in portions
 
 Strategy: redis-py's async client retries ten times by default and would repeat a script whose reply was lost; here it
 never retries, times out soon, and the shipper decides.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b, sha1
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -49,7 +51,6 @@ KEYRING = "sf:keyring"
 POLICIES = "sf:policies"
 
 SCRIPT = (Path(__file__).parent / "join.lua").read_bytes()
-_SHA = sha1(SCRIPT, usedforsecurity=False).hexdigest()  # how Redis names scripts
 _READ = b"""
 local raw = redis.call('GET', KEYS[1] .. ':d:' .. ARGV[1])
 if not raw then return false end
@@ -204,12 +205,19 @@ class RedisStreams:
         """Run one command for `redis_store.py` or `control.py`. Raises StoreAway."""
         return await self._answer(self._command(*command))
 
+    async def script(self, source: bytes, key: str, *arguments: Any) -> Any:
+        """Run a script for `leases.py`, by its digest if the server knows it. Raises StoreAway."""
+        try:
+            return await self._answer(self._command("EVALSHA", _sha(source), 1, key, *arguments))
+        except NoScriptError:
+            return await self._answer(self._command("EVAL", source, 1, key, *arguments))
+
     async def aclose(self) -> None:
         await self._client.aclose()
 
     async def _script(self, key: str, arguments: list[Any]) -> Any:
         try:
-            return await self._answer(self._command("EVALSHA", _SHA, 1, key, *arguments), events=True)
+            return await self._answer(self._command("EVALSHA", _sha(SCRIPT), 1, key, *arguments), events=True)
         except NoScriptError:
             return await self._answer(self._command("EVAL", SCRIPT, 1, key, *arguments), events=True)
 
@@ -242,6 +250,11 @@ def script_arguments(call: ShipCall, config: JoinConfig, now_ms: int) -> list[An
         config.max_lag_ms, config.sweep_limit, config.record_ttl_ms, config.successor_ttl_ms, config.default_reward,
         *call.blobs,
     ]  # fmt: skip
+
+
+@cache
+def _sha(source: bytes) -> str:
+    return sha1(source, usedforsecurity=False).hexdigest()  # how Redis names scripts
 
 
 def base(policy: str) -> str:

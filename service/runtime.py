@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ from service.changes import Changes
 from service.clock import SystemClock
 from service.control import Control, Snapshot
 from service.gate import Gate
+from service.guarding import Guarding
 from service.hot import HotRoutes, Served
 from service.idempotency import Idempotency
 from service.ids import Keyring
 from service.keys import obtain_keyring
+from service.leases import Leases
 from service.ledger import Ledger
 from service.loading import Loading
 from service.metrics import Metrics
@@ -63,6 +66,8 @@ class Runtime:
     hot: HotRoutes
     catalog: Catalog
     changes: Changes
+    leases: Leases
+    guarding: Guarding
     draining: bool = False
     store: StoreFacts | None = None
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
@@ -128,7 +133,11 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         stack.push_async_callback(shipper.drain, settings.grace_s)
         tracing = Tracing.from_environment(settings.trace_sample)
         stack.callback(tracing.close)
-        serving = Serving(settings, ledger, shipper, keyring, clock, metrics, device, configs)
+        leases = Leases(streams, clock, lambda: uuid.uuid4().hex)
+        stack.push_async_callback(leases.aclose)
+        guarding = Guarding(streams, clock, leases)
+        stack.push_async_callback(guarding.aclose)
+        serving = Serving(settings, ledger, shipper, keyring, clock, metrics, device, guarding, configs)
         stack.push_async_callback(serving.aclose)
         catalog = Catalog(
             seeds,
@@ -150,7 +159,19 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         hot = _hot_routes(serving, rewards, idempotency, tracing)
         changes = Changes(catalog, clock)
         runtime = Runtime(
-            settings, metrics, ledger, streams, shipper, keyring, serving.policies, rewards, hot, catalog, changes
+            settings,
+            metrics,
+            ledger,
+            streams,
+            shipper,
+            keyring,
+            serving.policies,
+            rewards,
+            hot,
+            catalog,
+            changes,
+            leases,
+            guarding,
         )
         async with _loops(runtime):
             await runtime.refresh_store()
@@ -217,7 +238,13 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
 
     tasks = [
         asyncio.create_task(_supervise(runtime, name, loop), name=name)
-        for name, loop in (("shipper", runtime.shipper.run), ("probe", probe), ("catalog", runtime.catalog.run))
+        for name, loop in (
+            ("shipper", runtime.shipper.run),
+            ("probe", probe),
+            ("catalog", runtime.catalog.run),
+            ("leases", runtime.leases.run),
+            ("limits", runtime.guarding.run),
+        )
     ]
     try:
         yield

@@ -6,18 +6,54 @@ they are for. It knows no Redis and no HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import yaml
 
-from policies.errors import ConfigError, InvalidField
+from policies.bundle import PolicyBundle
+from policies.errors import ConfigError, InvalidField, SurefootError
 from policies.store import EXPLORATION, SAFETY, StoredPolicy
+from safety.document import RuleSet, bind, read_rules
 from safety.exploration import Exploration, parse_exploration
+from service.ruling import Ruling
 from service.standing import Document
+
+
+def fitting_rules(source: str, bundles: Sequence[PolicyBundle]) -> RuleSet:
+    """Read rules and hold them against every version of a policy that is loaded.
+
+    Raises SafetyError naming line, column and field; InvalidField where a rule does not fit.
+    """
+    ruleset = read_rules(source.encode())
+    for bundle in bundles:
+        bind(
+            ruleset,
+            bundle.action,
+            bundle.observation,
+            bundle.fallback,
+            policy=bundle.policy,
+            sample_states=bundle.golden_states,
+        )
+        Ruling.fitting(ruleset, bundle).bind(bundle, is_baseline=False)
+    return ruleset
 
 
 def document_of(seed: StoredPolicy) -> Document:
     """How a directory deploys a policy, at generation 1. Raises ConfigError naming file and field."""
-    safety = seed.documents.get(SAFETY, b"").decode()
-    return Document(1, seed.deployment, 0, "directory", safety, _exploration(seed))
+    return Document(1, seed.deployment, 0, "directory", _safety(seed), _exploration(seed))
+
+
+def _safety(seed: StoredPolicy) -> str:
+    raw = seed.documents.get(SAFETY, b"")
+    if not raw:
+        return ""
+    try:
+        source = raw.decode()
+        fitting_rules(source, list(seed.bundles.values()))
+    except (UnicodeDecodeError, SurefootError) as error:
+        field = error.field if isinstance(error, SurefootError) else None
+        raise ConfigError(f"{seed.name}/{SAFETY}: {error}", field or SAFETY) from None
+    return source
 
 
 def _exploration(seed: StoredPolicy) -> Exploration | None:

@@ -17,17 +17,19 @@ from service.act import Decider
 from service.breakers import Breakers
 from service.clock import Clock
 from service.coalesce import Coalescer
+from service.guarding import Guarding
 from service.hot import Served
 from service.ids import Keyring, policy_digest
 from service.inference import Inference
 from service.ledger import Ledger
 from service.memory import Memories
 from service.metrics import Metrics
-from service.plan import LoadedVersion, Plan, Safeguards
+from service.plan import LoadedVersion, Plan
 from service.redis_streams import JoinConfig
 from service.rewards import Rewarded
 from service.settings import Settings
 from service.shipper import Shipper
+from service.standing import SafetySide
 from service.states import StateReader
 
 DAY_MS = 86_400_000
@@ -45,11 +47,11 @@ class Serving:
     clock: Clock
     metrics: Metrics
     device: Executor
+    guarding: Guarding
     configs: dict[str, JoinConfig]
     policies: dict[str, Served] = field(default_factory=dict)
     rewarded: dict[bytes, Rewarded] = field(default_factory=dict)
     trips: list[tuple[str, str]] = field(default_factory=list)  # versions that tripped here; `catalog.py` takes them
-    _safeguards: dict[str, Safeguards] = field(default_factory=dict)
     _listed: dict[str, dict[str, tuple[str, str, str, str]]] = field(default_factory=dict)
 
     def publish(self, plan: Plan, deployment: Deployment) -> None:
@@ -66,16 +68,16 @@ class Serving:
         if served is None:
             served = self._open(plan)
         else:
-            served.coalescer.decider.renew(plan)
+            served.coalescer.decider.renew(plan, self.guarding.fit(plan))
         self.rewarded[plan.digest] = Rewarded(
             name, plan.observation, plan.action, served.states, plan.window_ms, served.coalescer.decider.memories.ended
         )
         self.policies[name] = served
         self._list(plan, deployment)
 
-    def safeguard(self, policy: str, safeguards: Safeguards) -> None:
+    def safeguard(self, policy: str, side: SafetySide, generation: int) -> None:
         """Put a policy's safety side in force, from the next draw on, also of rows that are being inferred."""
-        self._safeguards[policy] = safeguards
+        safeguards = self.guarding.follow(policy, side, generation)
         if policy in self.policies:
             self.policies[policy].coalescer.decider.safeguards = safeguards
 
@@ -91,7 +93,7 @@ class Serving:
         inference = Inference(self.device, self.clock, settings.inference_timeout_s, memories)
         breakers = Breakers(self.clock, lambda policy, label: self.trips.append((policy, label)))
         decider = Decider(plan, self.ledger, self.keyring, self.clock, self.metrics, inference, breakers)
-        decider.safeguards = self._safeguards.get(plan.policy, Safeguards())
+        decider.safeguards = self.guarding.fit(plan)
         coalescer = Coalescer(decider, settings.max_batch)
         return Served(plan.policy, plan.observation, plan.action, StateReader(plan.observation), coalescer)
 

@@ -1,6 +1,6 @@
 """A group's network outputs to drawn and checked actions, over choices or in a box. Pure.
 
-    target -> behave -> draw -> check
+    behave -> draw -> check
 
 Duty: put the steps of `policies/` and `safety/` in order for each kind of action space. It reads no clock, records
 nothing and knows nothing of requests beyond a `Row`.
@@ -9,6 +9,7 @@ Strategy: the two kinds have the same verbs over different arrays; what they sha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,21 +17,24 @@ import numpy.typing as npt
 
 from policies.bundle import PolicyBundle
 from policies.draw import draw, propose, uniforms
-from policies.explore import behave, masked_mass
-from policies.heads import target
-from policies.types import Box, Choices, Floats
+from policies.explore import behave, masked_mass, softmax_weights
+from policies.types import Bools, Box, Choices, Floats, Target, columns
+from safety import budget
 from safety.chain import check, check_box
+from safety.joint import to_indices, to_tuples
+from safety.recheck import rows_of
 from safety.types import BoxConstraint, Constraint
+from service.allowance import Terms
 from service.judge import Judged
 from service.plan import Group, Settled
 
 
-def settle(group: Group, judged: Judged, epsilon: Floats, draw_key: bytes) -> Settled:
-    """Settle a group whose network has answered, or failed. epsilon: float64 [B], in force now."""
+def settle(group: Group, judged: Judged, terms: Terms, draw_key: bytes) -> Settled:
+    """Settle a group whose network has answered, or failed, on the terms on which it may explore now."""
     bundle = group.version.bundle
     if isinstance(bundle.action, Box):
-        return _points(group, judged, bundle, bundle.action, epsilon, draw_key)
-    return _choices(group, judged, bundle, bundle.action, epsilon, draw_key)
+        return _points(group, judged, bundle.action, terms, draw_key)
+    return _choices(group, judged, bundle.action, terms, draw_key)
 
 
 def fallback_rows(bundle: PolicyBundle, count: int) -> npt.NDArray[Any]:
@@ -42,61 +46,113 @@ def fallback_rows(bundle: PolicyBundle, count: int) -> npt.NDArray[Any]:
     return np.tile(np.array(indices, dtype=np.int64), (count, 1))
 
 
-def _outputs(group: Group, bundle: PolicyBundle) -> npt.NDArray[np.floating]:
-    return group.outputs if group.outputs is not None else np.full((len(group.rows), bundle.width), np.nan)
-
-
-def _choices(
-    group: Group, judged: Judged, bundle: PolicyBundle, space: Choices, epsilon: Floats, draw_key: bytes
-) -> Settled:
-    wanted = target(_outputs(group, bundle), bundle.head, bundle.temperature, space.nvec)
+def _choices(group: Group, judged: Judged, space: Choices, terms: Terms, draw_key: bytes) -> Settled:
+    bundle, constraint = group.version.bundle, cast(Constraint, judged.constraint)
+    wanted, mask, nvec = cast(Target, judged.target), constraint.mask, constraint.nvec
     allowed = [cast(tuple[int, ...] | None, row.allowed) for row in group.rows]
-    constraint = cast(Constraint, judged.constraint)
     fallback = fallback_rows(bundle, len(group.rows))
-    behaviour = behave(wanted, constraint.mask, epsilon, fallback)
-    u = uniforms(draw_key, group.ids, 1 + len(space.nvec))
+    weights = _weights(wanted, mask, constraint.explorable, terms.strength.temperature)
+    price = budget.prices(wanted.scores, mask, group.version.scale, wanted.greedy, nvec) if terms.priced else None
+    u = uniforms(draw_key, group.ids, 1 + len(nvec))
+    spent = terms.allot(u[:, 0], ~wanted.faulty, lambda: _dear(price, mask, weights, nvec))
+    frozen = spent.epsilon == 0.0 if terms.strength.mode else None
+    inner = to_indices(fallback, constraint.factors)[:, None] if constraint.factors else fallback
+    behaviour = behave(wanted, mask, spent.epsilon, inner, weights, frozen)
     drawn = draw(behaviour, u)
+    proposed = propose(wanted, u)
+    paid = np.zeros(len(u)) if price is None else budget.paid_price(price, drawn.actions, nvec)
+    if constraint.factors:
+        drawn = replace(drawn, actions=to_tuples(drawn.actions[:, 0], constraint.factors))
+        proposed = to_tuples(proposed[:, 0], constraint.factors)
     passed = check(drawn.actions.tolist(), behaviour.fallback.tolist(), allowed, space.nvec)
+    passed &= _unbroken(judged, drawn.actions, drawn.explored, behaviour.fallback)
     return Settled(
         group=group,
+        judged=judged,
         target=wanted,
-        constraint=constraint,
         behaviour=behaviour,
         drawn=drawn,
-        proposed=propose(wanted, u),
-        masked_mass=masked_mass(wanted, constraint.mask),
+        proposed=proposed,
+        masked_mass=masked_mass(wanted, mask),
         actions=np.where(passed[:, None], drawn.actions, fallback),
         passed=passed,
-        denied=judged.denied,
+        exploring=weights,
+        frozen=frozen,
+        paid=paid,
+        windows=terms.spend(spent, drawn.explored, paid),
+        left=terms.left,
     )
 
 
-def _points(
-    group: Group, judged: Judged, bundle: PolicyBundle, space: Box, epsilon: Floats, draw_key: bytes
-) -> Settled:
+def _unbroken(judged: Judged, actions: npt.NDArray[Any], explored: Bools, fallen: Bools) -> Bools:
+    """The last look at rules: bool [B], True where a drawn action breaks none. A fallback is not looked at."""
+    if judged.bound is None or judged.facts is None:
+        return np.ones(len(actions), dtype=np.bool_)
+    rows, recheck = rows_of(judged.facts), judged.bound.recheck
+    looked = zip(rows, actions.tolist(), explored.tolist(), fallen.tolist(), strict=True)
+    return np.array([fell or not recheck.broken(row, action, by_chance) for row, action, by_chance, fell in looked])
+
+
+def _weights(wanted: Target, mask: Bools, explorable: Bools | None, temperature: float | None) -> Floats | None:
+    """In proportion to what exploring draws, float64 [B, N]; None: uniformly over the mask."""
+    if temperature is None:
+        return None if explorable is None else (explorable & mask).astype(np.float64)
+    among = mask if explorable is None else explorable & mask
+    return softmax_weights(wanted, among, np.full(len(mask), temperature))
+
+
+def _dear(price: Floats | None, mask: Bools, weights: Floats | None, nvec: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """The worst and the mean price of exploring, float64 [B] each."""
+    assert price is not None
+    among = mask.astype(np.float64) if weights is None else weights * mask
+    shares = np.empty(among.shape)
+    for part in columns(nvec):
+        shares[:, part] = among[:, part] / np.maximum(among[:, part].sum(axis=1, keepdims=True), 1e-300)
+    return budget.worst_price(price, among > 0.0, nvec), budget.expected_price(price, shares, nvec)
+
+
+def _points(group: Group, judged: Judged, space: Box, terms: Terms, draw_key: bytes) -> Settled:
     import policies.continuous as continuous  # loads scipy: only with the first version that needs it
 
-    wanted = continuous.gaussian(_outputs(group, bundle), bundle.head)
+    bundle, constraint = group.version.bundle, cast(BoxConstraint, judged.constraint)
+    wanted = cast(continuous.Gaussian, judged.target)
     transform = continuous.Transform.of(bundle.head, bundle.transform, space)
     allowed = [cast(tuple[tuple[float, ...], tuple[float, ...]] | None, row.allowed) for row in group.rows]
-    constraint = cast(BoxConstraint, judged.constraint)
     box = constraint.low, constraint.high
     fallback = fallback_rows(bundle, len(group.rows))
-    sigma = None if bundle.sigma is None else np.array(bundle.sigma)
-    behaviour = continuous.behave(wanted, transform, box, epsilon, sigma, fallback)
+    sigma = _sigma(bundle, terms.strength.sigma, space.size)
     u = uniforms(draw_key, group.ids, 1 + space.size)
+    centre = np.clip(transform.apply(wanted.mean), *space.bounds)
+    spent = terms.allot(u[:, 0], ~wanted.faulty, lambda: _dear_point(centre, box, sigma, space))
+    behaviour = continuous.behave(wanted, transform, box, spent.epsilon, sigma, fallback)
     drawn = continuous.draw(behaviour, u)
+    paid = budget.point_prices(drawn.actions, behaviour.centre, *space.bounds) if terms.priced else np.zeros(len(u))
     passed = check_box(drawn.actions.tolist(), behaviour.fallback.tolist(), allowed, space)
     passed &= np.isfinite(drawn.log_propensity)  # whatever was drawn had a chance to be
+    passed &= _unbroken(judged, drawn.actions, drawn.explored, behaviour.fallback)
     return Settled(
         group=group,
+        judged=judged,
         target=wanted,
-        constraint=constraint,
         behaviour=behaviour,
         drawn=drawn,
         proposed=continuous.propose(behaviour, u),
         masked_mass=continuous.masked_mass(wanted, transform, box),
         actions=np.where(passed[:, None], drawn.actions, fallback),
         passed=passed,
-        denied=judged.denied,
+        paid=paid,
+        windows=terms.spend(spent, drawn.explored, paid),
+        left=terms.left,
     )
+
+
+def _sigma(bundle: PolicyBundle, scheduled: float | None, size: int) -> Floats | None:
+    """The deviation of the exploring part, float64 [D]; None, or zero: there is none."""
+    if scheduled is not None:
+        return np.full(size, scheduled) if scheduled > 0.0 else None
+    return None if bundle.sigma is None else np.array(bundle.sigma)
+
+
+def _dear_point(centre: Floats, box: tuple[Floats, Floats], sigma: Floats | None, space: Box) -> tuple[Floats, Floats]:
+    worst = budget.worst_point_price(centre, box, *space.bounds)
+    return worst, worst if sigma is None else budget.expected_point_price(centre, sigma, worst, *space.bounds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -15,7 +16,7 @@ from policies.deployment import Deployment
 from policies.store import StoredPolicy, StoredVersion
 from safety.exploration import Exploration
 from safety.halt import KillSwitch
-from service.plan import LoadedVersion, Safeguards
+from service.plan import LoadedVersion
 
 
 class Document(Struct, frozen=True):
@@ -32,6 +33,15 @@ class Document(Struct, frozen=True):
     exploration: Exploration | None = None  # None: each version's own ε, without a budget
     halts: tuple[KillSwitch, ...] = ()  # kill switches that are on
     tripped: tuple[str, ...] = ()  # versions whose breaker an operator has to re-arm
+
+
+class SafetySide(NamedTuple):
+    """What a document, and this worker, say of a policy's safety."""
+
+    halts: frozenset[KillSwitch] = frozenset()
+    tripped: frozenset[str] = frozenset()
+    safety: str = ""
+    exploration: Exploration | None = None
 
 
 class Known(Struct, frozen=True):
@@ -66,7 +76,7 @@ class PolicyState:
     loaded: dict[str, LoadedVersion] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     served: Document | None = None
-    safeguards: Safeguards = field(default_factory=Safeguards)  # in force
+    side: SafetySide | None = None  # in force
     published: dict[str, str] = field(default_factory=dict)  # digests of the plan in force, by label
 
     @property
@@ -88,6 +98,13 @@ class PolicyState:
     def tripped(self) -> frozenset[str]:
         """Versions whose breaker is open until it is re-armed."""
         return self.tripped_here | frozenset(self.document.tripped if self.document else ())
+
+    @property
+    def safety_side(self) -> SafetySide:
+        """The safety side that should be in force."""
+        if self.document is None:
+            return SafetySide(self.halted_here, self.tripped_here)
+        return SafetySide(self.halts, self.tripped, self.document.safety, self.document.exploration)
 
     @property
     def live(self) -> set[str]:

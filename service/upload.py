@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncIterator
 
 from policies.archive import MAX_TAR_BYTES, MEMBER_CAPS, read_tar_files
-from policies.errors import BodyTooLarge, BodyTooSlow, BundleError, UnsupportedMedia
+from policies.errors import BodyTooLarge, BodyTooSlow, BundleError, InvalidField, UnsupportedMedia
 
 TAR = frozenset({"application/x-tar", "application/tar", "application/gzip", "application/octet-stream"})
 _BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', re.IGNORECASE)
@@ -54,7 +54,15 @@ def parts_of(body: bytes, boundary: bytes) -> dict[str, bytes]:
     return files
 
 
-async def _collect(pieces: AsyncIterator[bytes], piece_s: float) -> bytes:
+async def read_text(pieces: AsyncIterator[bytes], cap: int, piece_s: float) -> str:
+    """Read a document in UTF-8. Raises InvalidField, BodyTooLarge or BodyTooSlow."""
+    try:
+        return (await _collect(pieces, piece_s, cap)).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidField(f"the document is not UTF-8: {error.reason} at byte {error.start}", "body") from None
+
+
+async def _collect(pieces: AsyncIterator[bytes], piece_s: float, cap: int = MAX_TAR_BYTES) -> bytes:
     found, size = [], 0
     try:
         while True:
@@ -62,8 +70,8 @@ async def _collect(pieces: AsyncIterator[bytes], piece_s: float) -> bytes:
                 piece = await anext(pieces)
             found.append(piece)
             size += len(piece)
-            if size > MAX_TAR_BYTES:
-                raise BodyTooLarge(f"the upload is larger than the limit of {MAX_TAR_BYTES} bytes")
+            if size > cap:
+                raise BodyTooLarge(f"the upload is larger than the limit of {cap} bytes")
     except StopAsyncIteration:
         return b"".join(found)
     except TimeoutError:

@@ -177,9 +177,11 @@ class RewardBatchResponse(Struct, frozen=True):
     results: list[RewardResponse]
 
 
-class FieldError(Struct, frozen=True):
+class FieldError(Struct, frozen=True, omit_defaults=True):
     field: str
     detail: str
+    line: int | None = None  # of a file that was sent, from 1
+    column: int | None = None
 
 
 class Problem(Struct, frozen=True, omit_defaults=True):

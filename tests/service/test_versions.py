@@ -132,7 +132,7 @@ def test_a_push_is_streamed_under_a_cap_and_needs_the_token(admin: Admin, policy
 REFUSED: list[tuple[str, str, Callable[[dict[str, bytes]], dict[str, bytes]]]] = [
     ("digest", "model.sha256", lambda files: files | {"model.onnx": linear([[1, 0], [0, 1]]).SerializeToString()}),
     ("manifest", "head", lambda files: _replaced(files, b"head: q_values", b"head: magic")),
-    ("signature", "model.input", lambda files: _replaced(files, b"input: observation", b"input: nowhere")),
+    ("interface", "model.input", lambda files: _replaced(files, b"input: observation", b"input: nowhere")),
     ("files", "golden.json", lambda files: {name: files[name] for name in ("policy.yaml", "model.onnx")}),
 ]
 

@@ -1,0 +1,93 @@
+"""What stands between a policy's networks and its answers, composed from the control state and the loaded versions.
+
+Duty: for each policy one `Safeguards`: kill switches, trips, rules bound to every version, limits, an allowance. The
+pipeline reads it; where its parts come from is known here.
+Promise: rules that cannot be bound are never left out: then the declared fallback answers everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from policies.errors import SurefootError
+from safety.document import read_rules
+from service.allowance import Allowance
+from service.clock import Clock
+from service.leases import Leases
+from service.limits import Limits
+from service.plan import Plan, Safeguards
+from service.redis_streams import RedisStreams
+from service.ruling import Ruling
+from service.standing import SafetySide
+
+LIMITS_S = 0.25  # how often portions of limits are renewed, and what Redis was not told is told again
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Guarding:
+    """The safeguards of all policies of a worker. Use from the event loop's thread only."""
+
+    streams: RedisStreams
+    clock: Clock
+    leases: Leases
+    _sides: dict[str, SafetySide] = field(default_factory=dict)
+    _plans: dict[str, Plan] = field(default_factory=dict)
+    _rulings: dict[str, tuple[str, Ruling]] = field(default_factory=dict)
+    _limits: dict[str, Limits] = field(default_factory=dict)
+    _allowances: dict[str, Allowance] = field(default_factory=dict)
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def follow(self, policy: str, side: SafetySide, generation: int) -> Safeguards:
+        """Do as the control state says."""
+        self._sides[policy] = side
+        if side.exploration is not None:
+            holder = self.leases.open(policy, side.exploration, generation)
+            self._allowances[policy] = Allowance(side.exploration, holder, self.clock.monotonic_s)
+        elif self._allowances.pop(policy, None) is not None:
+            task = asyncio.get_running_loop().create_task(self.leases.close(policy))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        return self._compose(policy)
+
+    def fit(self, plan: Plan) -> Safeguards:
+        """Bind what holds to a plan's versions, before any of them decides."""
+        self._plans[plan.policy] = plan
+        return self._compose(plan.policy)
+
+    async def run(self) -> None:
+        """Renew limits for ever."""
+        while True:
+            await asyncio.gather(*(limits.run_once() for limits in self._limits.values()))
+            await asyncio.sleep(LIMITS_S)
+
+    async def aclose(self) -> None:
+        """Give back what is leased."""
+        await asyncio.gather(*(limits.close() for limits in self._limits.values()))
+
+    def _compose(self, policy: str) -> Safeguards:
+        side = self._sides.get(policy, SafetySide())
+        found = Safeguards(side.halts, side.tripped, allowance=self._allowances.get(policy))
+        plan = self._plans.get(policy)
+        if not side.safety or plan is None:
+            return found
+        try:
+            ruling = self._ruling(policy, side.safety, plan)
+        except SurefootError as error:
+            log.error("rules_not_bound", policy=policy, field=error.field, reason=error.detail)
+            return replace(found, halts=found.halts | {"fallback_only"})
+        limits = self._limits.setdefault(policy, Limits(self.streams, policy, self.clock))
+        limits.configure(ruling.limits)
+        return replace(found, ruling=ruling, limits=limits if ruling.counts else None)
+
+    def _ruling(self, policy: str, source: str, plan: Plan) -> Ruling:
+        standing, ruling = self._rulings.get(policy, ("", None))
+        if ruling is None or standing != source:
+            ruling = Ruling.fitting(read_rules(source.encode()), plan.versions[plan.routes.champion].bundle)
+            self._rulings[policy] = source, ruling
+        for label, version in plan.versions.items():
+            ruling.bind(version.bundle, label == plan.baseline)
+        return ruling
