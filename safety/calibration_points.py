@@ -70,7 +70,7 @@ def toss(points: Points, before: int) -> Tosses:
     for column, end, side in ((1, low, -1), (2, high, 1)):
         own = _beyond(here.inverse(end), mean, std, side)
         noise = _beyond(end, centre, sigma, side)
-        masses[:, column] = np.where(True, (1.0 - epsilons) * own + epsilons * noise, 0.0)
+        masses[:, column] = np.where(wide, (1.0 - epsilons) * own + epsilons * noise, 0.0)
         hits[:, column] = points.at_bound[rows, turn] == side
     spread = np.where(explored, sigma, std)
     random = spread > 0.0

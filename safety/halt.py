@@ -17,7 +17,7 @@ import numpy as np
 from policies.types import Floats
 from safety.breaker import Role
 
-KillSwitch = Literal["none", "freeze_exploration", "baseline_only", "fallback_only"]
+KillSwitch = Literal["freeze_exploration", "baseline_only", "fallback_only"]
 Answers = Literal["assigned", "baseline", "fallback"]
 
 
@@ -31,11 +31,11 @@ class Effect:
 
 # Rows that the baseline answers in place of another have ε = 0 (design section 4), so that is what a switch does too.
 EFFECTS: dict[KillSwitch, Effect] = {
-    "none": Effect(explores=True, answers="assigned"),
     "freeze_exploration": Effect(explores=False, answers="assigned"),
     "baseline_only": Effect(explores=False, answers="baseline"),
     "fallback_only": Effect(explores=False, answers="fallback"),
 }
+NOTHING = Effect(explores=True, answers="assigned")
 STRENGTH: tuple[Answers, ...] = ("assigned", "baseline", "fallback")  # later entries win
 
 

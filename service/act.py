@@ -30,7 +30,7 @@ from service.judge import Judged, hand_rows_over, judge
 from service.ledger import Ledger
 from service.metrics import Metrics
 from service.pins import Pins
-from service.plan import Group, Outcome, Plan, Row, Safeguards
+from service.plan import Group, Outcome, Plan, Row, Safeguards, Settled
 from service.record import Answers, answer, as_unlogged, last_resort
 from service.settle import settle
 from service.wire import ActResponse
@@ -60,7 +60,7 @@ class Decider:
         self._metrics = metrics
         self._inference = inference
         self._random = random
-        self._breakers = breakers
+        self.breakers = breakers
         self._safeguards = Safeguards()
         self.memories = inference.memories
         self.pins = Pins()
@@ -101,13 +101,14 @@ class Decider:
             return self._count(last_resort(groups))
         if held is not None:
             held.settle(answers.executed)
+        self._watch(settled)
         return await self._record(answers)
 
     def renew(self, plan: Plan, safeguards: Safeguards) -> None:
         """Decide by another plan from the next batch on, and by safeguards that fit it."""
         self.safeguards = safeguards
         self.plan = plan
-        self._breakers.keep(plan.versions.values())
+        self.breakers.keep(plan.versions.values())
 
     @property
     def safeguards(self) -> Safeguards:
@@ -117,16 +118,16 @@ class Decider:
     @safeguards.setter
     def safeguards(self, now: Safeguards) -> None:
         self._safeguards = now
-        self._breakers.follow(now.tripped)
+        self.breakers.follow(now.tripped)
 
     async def _ask(self, group: Group) -> None:
         """Run a group's network, if its breaker lets it."""
-        if not self._breakers.admits(group.version):
+        if not self.breakers.admits(group.version):
             group.failure = "breaker_open"
             return
         await self._inference.run(group)
-        if self._breakers.observe(group) and group.plan.baseline is not None:
-            self._inference.time(group, group.plan.versions[group.plan.baseline], self._breakers.observe_baseline)
+        if self.breakers.observe(group) and group.plan.baseline is not None:
+            self._inference.time(group, group.plan.versions[group.plan.baseline], self.breakers.observe_baseline)
 
     async def _judge(self, groups: list[Group], held: Held | None) -> list[tuple[Group, Judged]]:
         """Hold groups against the safety side as it is now; what the baseline must answer it is asked first."""
@@ -149,7 +150,7 @@ class Decider:
         plan, label = group.plan, group.version.bundle.version
         if not hand_over or label == plan.baseline:
             return None
-        if label == plan.routes.challenger and self._breakers.able(plan, plan.routes.champion):
+        if label == plan.routes.challenger and self.breakers.able(plan, plan.routes.champion):
             return plan.routes.champion
         return plan.baseline
 
@@ -199,6 +200,18 @@ class Decider:
         wanted = np.array([strength.epsilon if open_to and row.explore else 0.0 for row in group.rows])
         return Terms(wanted, strength, allowance)
 
+    def _watch(self, settled: Sequence[Settled]) -> None:
+        """Count what rules did beside the answer, and say what must never happen: an action that failed its check."""
+        for each in settled:
+            for rule in each.judged.failed:
+                self._metrics.rule_failures.labels(self._policy, rule).inc()
+            for i in np.flatnonzero(~each.passed).tolist():
+                log.error("check_failed", policy=self._policy, decision=each.group.ids[i])
+            if each.judged.constraint.monitored:
+                for i, action in enumerate(each.actions.tolist()):
+                    for rule in each.judged.constraint.monitors_against(i, action):
+                        self._metrics.monitored.labels(self._policy, rule).inc()
+
     async def _record(self, answers: Answers) -> list[Outcome]:
         try:
             if answers.count:
@@ -217,6 +230,9 @@ class Decider:
                 self._metrics.version(outcome.policy, outcome.version).count(outcome)
                 for rule in outcome.safety.rules:
                     self._metrics.overrides.labels(outcome.policy, rule).inc()
+                if outcome.safety.stand_in is not None:
+                    reason = outcome.safety.stand_in.partition(":")[0]
+                    self._metrics.stand_ins.labels(outcome.policy, reason).inc()
             else:
                 self._metrics.refusals.labels(self._policy).inc()
         return outcomes

@@ -250,6 +250,7 @@ class Catalog:
         while self._trips:
             name, label = self._trips.pop()
             log.error("breaker_tripped", policy=name, version=label)
+            self._metrics.breaker_trips.labels(name, label).inc()
             self.states[name].tripped_here |= {label}
 
     def _renew(self, state: PolicyState) -> None:

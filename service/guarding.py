@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import structlog
 
 from policies.errors import SurefootError
 from safety.document import read_rules
+from safety.exploration import MICRO
+from safety.halt import KillSwitch
 from service.allowance import Allowance
 from service.clock import Clock
 from service.leases import Leases
 from service.limits import Limits
+from service.metrics import Metrics
 from service.plan import Plan, Safeguards
 from service.redis_streams import RedisStreams
 from service.ruling import Ruling
@@ -63,6 +67,21 @@ class Guarding:
         while True:
             await asyncio.gather(*(limits.run_once() for limits in self._limits.values()))
             await asyncio.sleep(LIMITS_S)
+
+    def refresh_metrics(self, metrics: Metrics) -> None:
+        """Set the gauges that are read, not counted."""
+        leases = self.leases.statistics()
+        metrics.lease_failures.set(leases.failures)
+        for policy, standing in leases.standing.items():
+            metrics.lease_held.labels(policy).set(standing.explores)
+            for cap in self._allowances[policy].exploration.caps if policy in self._allowances else ():
+                left = getattr(standing.left, cap.kind)
+                metrics.budget_left.labels(policy, cap.kind).set(left / MICRO if cap.kind == "regret" else left)
+        for policy, limits in self._limits.items():
+            metrics.limit_denials.labels(policy).set(limits.statistics().calls.denied)
+        for policy, side in self._sides.items():
+            for switch in get_args(KillSwitch):
+                metrics.halts.labels(policy, switch).set(switch in side.halts)
 
     async def aclose(self) -> None:
         """Give back what is leased."""

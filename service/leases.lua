@@ -22,7 +22,7 @@ local q = cmsgpack.unpack(ARGV[1])
 local B = KEYS[1]
 local META, BURN = B .. ':explore', B .. ':burn'
 local HOLDER = 'h:' .. q.holder
-local METER_MS, FIRST_MS = 10000, 50  -- as in safety/pace.py
+local FIRST_MS = 50  -- as in safety/pace.py
 local RIVAL_MS = 10000  -- holders of a newer configuration count as gone after such a silence
 local SET_BACK_MS = 86400000  -- a clock set back by more is believed, and what was known forgotten
 local KEPT_MS = 86400000  -- how long the bank remembers beyond the longest window
@@ -92,12 +92,12 @@ end
 
 -- How fast all holders decide, and how far schedules have come. Approximate: an answer that is lost counts twice.
 local rate, rate_t, rate_since = tonumber(meta.rate or 0), tonumber(meta.rate_t or now), tonumber(meta.rate_since or now)
-rate = rate * math.exp((rate_t - now) / METER_MS) + q.wanting
+rate = rate * math.exp((rate_t - now) / q.meter_ms) + q.wanting * 1000 / q.meter_ms
 set('rate', exact(rate))
 set('rate_t', whole(now))
 set('rate_since', whole(rate_since))
 local seen = math.max(FIRST_MS, now - rate_since)
-local fleet_rate = math.max(q.rate, rate * 1000 / (METER_MS * (1 - math.exp(-seen / METER_MS))))
+local fleet_rate = math.max(q.rate, rate / (1 - math.exp(-seen / q.meter_ms)))
 if meta.schedules == q.progress.schedules then  -- a holder may know more than a bank that has lost its memory
   set('total', whole(math.max(tonumber(meta.total), q.progress.decisions) + q.decisions))
   set('began', whole(math.min(tonumber(meta.began), now - q.progress.elapsed_ms)))
@@ -112,7 +112,7 @@ local function grant(w, used, offered, capacity)
   local need = q.term_ms * (fair / (w.ends - now) + earns / 1000) + w.unit
   local least = (q.rate > 0 or available >= AMPLE * w.unit) and w.unit or 0
   local target = math.max(least, math.min(math.ceil(fair), math.ceil(need)))
-  return math.max(0, used + math.max(0, math.min(available, target)))
+  return math.max(offered, used + math.max(0, math.min(available, target)))
 end
 
 local purses = {}
@@ -125,7 +125,7 @@ for _, w in ipairs(windows) do
   if span == whole(w.span) then opened = tonumber(at) else opened = q.start_now and 0 or now end
   if purse.acked > w.seq then opened = now end  -- set back: that answer is not in this memory
   set(field, whole(w.span) .. ':' .. whole(opened))
-  local closed = w.starts < opened
+  local closed = w.starts <= opened
   w.granted = tonumber(c('HGET', w.key, 'g') or 0)
   local decided = tonumber(c('HGET', w.key, 'd') or 0) + math.max(0, purse.decisions - w.decisions)
   local capacity = w.kind == 'share' and math.floor(w.limit * decided) or w.limit

@@ -300,7 +300,6 @@ class LimitCalls:
             return
         self._token = reply[0].decode()
         self._first += len(self._sending)
-        self._sending = []
         self._retry_s = float("-inf")
         self._answer(call.requests, [Room(int(row[0]), row[1].decode(), row[2:]) for row in reply[1]])
         for lease, (total, share) in zip(call.leases, reply[2], strict=True):

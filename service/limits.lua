@@ -221,7 +221,7 @@ local function reserve(past, limits, count, entries, name, order, answer)
     answer[#answer + 1] = left
     if amount > 0 then amounts[limits[i][1]], holds = amount, true end
   end
-  if false then past[6][#past[6] + 1] = {name, now + HOLD, order, amounts} end
+  if holds then past[6][#past[6] + 1] = {name, now + HOLD, order, amounts} end
 end
 
 local reserved = {}

@@ -7,6 +7,7 @@ or states.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
@@ -75,6 +76,30 @@ class Metrics:
             "surefoot_batch_rows", "Rows decided together.", ["policy"], buckets=ROWS, registry=registry
         )
         self.overrides = self._counter("overrides", "Decisions whose proposal a rule forbade.", "policy", "rule")
+        self.monitored = self._counter(
+            "monitored", "Decisions whose action a rule in monitor mode forbids.", "policy", "rule"
+        )
+        self.stand_ins = self._counter("stand_ins", "Decisions that another version made.", "policy", "reason")
+        self.rule_failures = self._counter(
+            "rule_failures", "Batches in which a rule raised, and denied.", "policy", "rule"
+        )
+        self.halts = self._gauge("halts", "Whether a kill switch is on (1) or not (0).", "policy", "switch")
+        self.breaker_open = self._gauge(
+            "breaker_open",
+            "Whether a version's breaker keeps it from answering (1) or not (0).",
+            "policy",
+            "version",
+            "breaker",
+        )
+        self.breaker_trips = self._counter(
+            "breaker_trips", "Breakers that tripped in this worker.", "policy", "version"
+        )
+        self.budget_left = self._gauge("exploration_left", "What this worker's lease still holds.", "policy", "budget")
+        self.lease_held = self._gauge("exploration_lease", "Whether this worker may explore (1) or not (0).", "policy")
+        self.lease_failures = self._gauge("exploration_lease_failures", "Renewals of leases that Redis did not answer.")
+        self.limit_denials = self._gauge(
+            "limit_denials", "Rows denied because Redis did not say what is left.", "policy"
+        )
         self.refusals = self._counter("no_safe_action", "Decisions refused: nothing allowed, no fallback.", "policy")
         self.unlogged = self._counter("unlogged_decisions", "Decisions answered but not recorded.", "policy")
         self.problems = self._counter("problems", "Requests answered with a problem.", "code")
@@ -137,6 +162,11 @@ class Metrics:
             self._fallbacks.remove(policy, version, reason)
         for metric in (self._explored, self._duration, self._inference):
             metric.remove(policy, version)
+        with contextlib.suppress(KeyError):  # they stand only once something was read or counted
+            self.breaker_trips.remove(policy, version)
+        for breaker in ("faults", "latency"):
+            with contextlib.suppress(KeyError):
+                self.breaker_open.remove(policy, version, breaker)
 
     def _resolve(self, policy: str, version: str) -> VersionMetrics:
         return VersionMetrics(

@@ -22,6 +22,7 @@ from policies.bundle_cache import BundleCache
 from policies.errors import NotReady, StoreAway
 from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
+from safety.breaker import Faults, Latency
 from service.catalog import Catalog
 from service.changes import Changes
 from service.clock import SystemClock
@@ -99,6 +100,11 @@ class Runtime:
         self.metrics.corrupt_files.set(now.corrupt_files)
         self.metrics.rejected.set(now.rejected_events)
         self.metrics.ship_failures.set(self.shipper.statistics().failures)
+        for policy, served in self.policies.items():
+            for version, counts in served.coalescer.decider.breakers.view().items():
+                self.metrics.breaker_open.labels(policy, version, "faults").set(counts.faults is Faults.OPEN)
+                self.metrics.breaker_open.labels(policy, version, "latency").set(counts.latency is Latency.OPEN)
+        self.guarding.refresh_metrics(self.metrics)
         self.metrics.control_age.set(math.inf if self.catalog.age_s is None else self.catalog.age_s)
 
 

@@ -32,6 +32,7 @@ from surefoot.errors import (
     Unreachable,
     Unreadable,
 )
+from surefoot.estimate import Estimate, behind_masks, estimate, evaluate
 from surefoot.points import log_prob
 from surefoot.streams import transitions
 
@@ -44,6 +45,7 @@ __all__ = [
     "Client",
     "Decision",
     "DecisionExpired",
+    "Estimate",
     "FieldProblem",
     "Gap",
     "InvalidField",
@@ -65,6 +67,9 @@ __all__ = [
     "UnknownPolicy",
     "Unreachable",
     "Unreadable",
+    "behind_masks",
+    "estimate",
+    "evaluate",
     "log_prob",
     "transitions",
 ]

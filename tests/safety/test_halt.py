@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from safety.breaker import INSTEAD, Role, who
-from safety.halt import EFFECTS, STRENGTH, Effect, KillSwitch, allowed_strength, combined, halted
+from safety.halt import EFFECTS, NOTHING, STRENGTH, Effect, KillSwitch, allowed_strength, combined, halted
 
 SWITCHES: tuple[KillSwitch, ...] = get_args(KillSwitch)
 SETS = [chosen for size in range(len(SWITCHES) + 1) for chosen in itertools.combinations(SWITCHES, size)]
@@ -23,11 +23,9 @@ def test_every_switch_has_a_row() -> None:
     ("switches", "effect"),
     [
         ((), Effect(True, "assigned")),
-        (("none",), Effect(True, "assigned")),
         (("freeze_exploration",), Effect(False, "assigned")),
         (("baseline_only",), Effect(False, "baseline")),
         (("fallback_only",), Effect(False, "fallback")),
-        (("freeze_exploration", "none"), Effect(False, "assigned")),
         (("baseline_only", "freeze_exploration"), Effect(False, "baseline")),
         (("fallback_only", "baseline_only"), Effect(False, "fallback")),
     ],
@@ -47,7 +45,7 @@ def test_one_more_switch_never_loosens(chosen: tuple[KillSwitch, ...], other: Ki
 
 @pytest.mark.parametrize("role", list(INSTEAD))
 def test_who_answers_under_a_switch(role: Role) -> None:
-    assert halted(EFFECTS["none"], role) == role
+    assert halted(NOTHING, role) == role
     assert halted(EFFECTS["freeze_exploration"], role) == role
     assert halted(EFFECTS["baseline_only"], role) == "baseline"
     assert halted(EFFECTS["fallback_only"], role) is None
@@ -61,6 +59,6 @@ def test_without_a_baseline_the_fallback_answers_for_it() -> None:
 
 def test_strength_is_zero_or_untouched() -> None:
     epsilon = np.array([0.1, 0.0, 1.0])
-    np.testing.assert_array_equal(allowed_strength(EFFECTS["none"], epsilon), epsilon)
-    for switch in SWITCHES[1:]:
+    np.testing.assert_array_equal(allowed_strength(NOTHING, epsilon), epsilon)
+    for switch in SWITCHES:
         np.testing.assert_array_equal(allowed_strength(EFFECTS[switch], epsilon), np.zeros(3))

@@ -37,18 +37,18 @@ class Bank:
         assert isinstance(raw, bytes)
         return decode(raw)
 
-    def keys(self) -> list[bytes]:
+    def stored(self) -> list[bytes]:
         found: Any = self.store.keys(f"{base(self.policy)}:*")
         return list(found)
 
     def forget(self) -> None:
         """Lose all memory, as a server without persistence does that is started again."""
-        if keys := self.keys():
+        if keys := self.stored():
             self.store.delete(*keys)
 
     def save(self) -> dict[bytes, bytes]:
         dump: Any = self.store.dump
-        return {key: dump(key) for key in self.keys()}
+        return {key: dump(key) for key in self.stored()}
 
     def restore(self, saved: dict[bytes, bytes]) -> None:
         self.forget()
