@@ -90,6 +90,8 @@ class Decider:
         try:
             held = await reserve(groups, self.safeguards)
             judged = await self._judge(groups, held)
+            for group, _ in judged:
+                self._mark_switches(group)
             draw_key = self._keyring.signing.draw
             settled = [settle(group, verdict, self._terms(group), draw_key) for group, verdict in judged]
             answers = answer(settled, self._clock.event_ms(), self._keyring.signing.kid)
@@ -157,11 +159,10 @@ class Decider:
     def _route(self, plan: Plan, rows: Sequence[Row]) -> list[Group]:
         ids = self._keyring.mint(self._clock.event_ms(), plan.digest, self._random(RANDOM_BYTES * len(rows)))
         members: dict[str, list[int]] = {}
-        assignments, switched = [], []
+        assignments = []
         for index, row in enumerate(rows):
-            assignment, switch = self._assign(plan, row, ids[index])
+            assignment = self._assign(plan, row, ids[index])
             assignments.append(assignment)
-            switched.append(switch)
             members.setdefault(assignment.version, []).append(index)
         states = plan.observation.array([row.state for row in rows])
         return [
@@ -172,23 +173,28 @@ class Decider:
                 [rows[i] for i in index],
                 [ids[i] for i in index],
                 [assignments[i] for i in index],
-                [switched[i] for i in index],
+                [False] * len(index),
                 states if len(index) == len(rows) else states[index],
                 [False] * len(index),
             )
             for label, index in members.items()
         ]
 
-    def _assign(self, plan: Plan, row: Row, decision_id: str) -> tuple[Assignment, bool]:
-        """Give a row's assignment, and whether its episode ran on another version the step before."""
+    def _assign(self, plan: Plan, row: Row, decision_id: str) -> Assignment:
+        """Route a row; an episode stays with the version that it began on while that is loaded."""
         if row.episode is None:
-            return assign(plan.routes, unit_of(plan.routes.route_by, row.key, None, decision_id)), False
+            return assign(plan.routes, unit_of(plan.routes.route_by, row.key, None, decision_id))
         pin = self.pins.get(row.episode)
-        if pin is not None and pin.version in plan.versions:
-            return pin, False
-        assignment = assign(plan.routes, unit_of(plan.routes.route_by, row.key, row.episode, decision_id))
-        self.pins.put(row.episode, assignment)
-        return assignment, pin is not None
+        if pin is None or pin.version not in plan.versions:
+            pin = assign(plan.routes, unit_of(plan.routes.route_by, row.key, row.episode, decision_id))
+            self.pins.put(row.episode, pin)
+        return pin
+
+    def _mark_switches(self, group: Group) -> None:
+        """Say of each step whether another version decided the one before: the episode is cut there for learning."""
+        version = group.version.bundle.version
+        for i, row in enumerate(group.rows):
+            group.switched[i] = row.episode is not None and self.pins.decided(row.episode, version)
 
     def _terms(self, group: Group) -> Terms:
         """On what terms a group explores now: not at all where the caller or an operator forbids it, where another

@@ -39,6 +39,7 @@ class Safety(msgspec.Struct, frozen=True):
     overridden: bool = False  # a rule changed what the version would have done
     proposed: int | str | list[int | float | str] | None = None  # what it would have done: names where there are names
     rules: tuple[str, ...] = ()  # which rules changed it
+    stand_in: str | None = None  # why another version decided in place of the assigned one
 
 
 class PointDistribution(msgspec.Struct, frozen=True):

@@ -68,6 +68,20 @@ def test_faults_in_a_row_hand_the_policy_to_its_baseline() -> None:
     assert (after.safety.stand_in, after.action, after.exploration.epsilon) == ("breaker_open", 0, 0.0)
 
 
+def test_steps_that_another_version_decides_say_so() -> None:
+    async def work() -> None:
+        with decider(plan(versions("v1", "v0"), baseline="v0")) as (pipeline, _, _):
+            found = []
+            for halts in (frozenset(), frozenset({"baseline_only"}), frozenset({"baseline_only"}), frozenset()):
+                pipeline.safeguards = Safeguards(halts)  # type: ignore[arg-type]
+                (answer,) = await pipeline.decide([Row(state=list(GOOD), episode="e")])
+                assert isinstance(answer, ActResponse)
+                found.append((answer.version, answer.switched))
+            assert found == [("v1", False), ("v0", True), ("v0", False), ("v1", True)]
+
+    asyncio.run(work())
+
+
 def test_calls_count_and_rows_do_not() -> None:
     async def work() -> None:
         with decider(plan(versions("v1", "v0"), baseline="v0")) as (pipeline, _, _):

@@ -107,6 +107,13 @@ def test_pins_forget_the_least_recently_used_episode_first() -> None:
     assert (pins.get("a"), pins.get("b"), pins.get("c"), len(pins)) == (two, None, one, 2)
 
 
+def test_pins_know_which_version_decided_the_step_before() -> None:
+    pins = Pins(capacity=2)
+    pins.put("a", Assignment("v1", "champion", 1.0))
+    assert [pins.decided("a", version) for version in ("v1", "v1", "v0", "v1")] == [False, False, True, True]
+    assert pins.decided("unknown", "v1") is False
+
+
 def test_states_are_recorded_little_endian_in_the_specs_dtype() -> None:
     async def work() -> None:
         with decider(plan({"v1": NAN})) as (pipeline, ledger, _):
