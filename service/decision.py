@@ -112,8 +112,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     raw_action: bytes = b""  # the draw before squash and projection, float64 [D]
     raw_log_prob: float | None = None  # its log-density under the part that drew it
     at_bound: tuple[int, ...] = ()  # for each coordinate: -1 at the low end of the box, 1 at the high end, 0 between
-    exploring: bytes = b""  # choices only: weights of the exploring part, float64; empty: uniform over the mask
-    joint: bool = False  # mask, behaviour and exploring are over tuples of choices, the last factor fastest
+    exploring: bytes = b""  # choices only: weights of the exploring part, float64, as the mask; empty: uniform over it
+    joint_mask: bytes = b""  # where rules spoke of tuples of choices: one byte for each, the last factor fastest
     frozen: bool = False  # a stochastic head's mode was taken instead of a sample
     stand_in: str | None = None  # why the baseline decided in place of the assigned version
     rules_digest: str = ""  # of the `safety.yaml` in force; empty: there was none

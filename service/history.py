@@ -40,11 +40,11 @@ def replay(decision_id: str, mask: bytes, record: Record, draw_key: bytes) -> Re
     """Draw again from the recorded head outputs, mask and ε. Same steps and arithmetic as the live pipeline."""
     if record.action_kind == "continuous":
         return _replay_point(decision_id, mask, record, draw_key)
-    allowed = np.frombuffer(mask, dtype=np.bool_)[None, :]
-    nvec = record.nvec or (allowed.shape[1],)
+    nvec = record.nvec or (len(mask),)
+    allowed = np.frombuffer(record.joint_mask or mask, dtype=np.bool_)[None, :]
     wanted = target(_outputs(record, sum(nvec)), _head(record), record.temperature, nvec)
     fallback = _fallback(record, len(nvec)).astype(np.int64)
-    if record.joint:
+    if record.joint_mask:
         wanted, fallback = lift_target(wanted), to_indices(fallback, nvec)
     behaviour = behave(
         wanted,
@@ -55,7 +55,7 @@ def replay(decision_id: str, mask: bytes, record: Record, draw_key: bytes) -> Re
         np.array([record.frozen]),
     )
     drawn = draw(behaviour, uniforms(draw_key, [decision_id], 1 + len(wanted.nvec)))
-    actions = to_tuples(drawn.actions[:, 0], nvec) if record.joint else drawn.actions
+    actions = to_tuples(drawn.actions[:, 0], nvec) if record.joint_mask else drawn.actions
     return Replayed(tuple(actions[0].tolist()), bool(drawn.explored[0]), float(drawn.propensity[0]), None)
 
 
@@ -149,15 +149,10 @@ def _why(stored: Any, record: Record) -> dict[str, Any]:
 
 def _choice(stored: Any, record: Record) -> dict[str, Any]:
     return {
-        "target": _over(_row(record.target, "<f8")[0].tolist(), record),
-        "behaviour": _over(_row(record.behaviour, "<f8")[0].tolist(), record),
-        "mask": _over([bool(byte) for byte in stored.mask], record),
+        "target": _factors(_row(record.target, "<f8")[0].tolist(), record),
+        "behaviour": _factors(_row(record.behaviour, "<f8")[0].tolist(), record),
+        "mask": _factors([bool(byte) for byte in stored.mask], record),
     }
-
-
-def _over(row: list[Any], record: Record) -> list[Any]:
-    """A row over tuples of choices as it is, others by factor."""
-    return row if record.joint else _factors(row, record)
 
 
 def _factors(row: list[Any], record: Record) -> list[Any]:

@@ -20,6 +20,7 @@ from policies.errors import NoSafeAction
 from policies.explore import Behaviour
 from policies.types import Box, Choices, Role, columns
 from safety.fallback import reason
+from safety.joint import marginals
 from safety.types import Constraint, FallbackReason
 from service.decision import DecisionEvent, Event, Record, action_text, encode_events, encode_record
 from service.plan import Group, Outcome, Settled
@@ -113,11 +114,17 @@ class _Rows:
         self._kid = kid
         outputs = settled.group.outputs
         self._states = _Slices(settled.group.states)
-        self._masks = _Slices(settled.judged.constraint.recorded())
+        recorded = settled.judged.constraint.recorded()
+        probabilities = settled.target.distribution(), settled.behaviour.probabilities
+        self._joint = None
+        if isinstance(settled.judged.constraint, Constraint) and (factors := settled.judged.constraint.factors):
+            self._joint = _Slices(recorded)
+            recorded = marginals(recorded.astype(np.float64), factors) > 0.0
+            probabilities = marginals(probabilities[0], factors), marginals(probabilities[1], factors)
+        self._masks = _Slices(recorded)
         self._outputs = _Slices(outputs) if outputs is not None else None
         self._outputs_dtype = outputs.dtype.str if outputs is not None else "<f8"
-        self._targets = _Slices(settled.target.distribution())
-        self._behaviours = _Slices(settled.behaviour.probabilities)
+        self._targets, self._behaviours = (_Slices(each) for each in probabilities)
         self._actions = settled.actions.tolist()
         self._propensity = settled.drawn.propensity.tolist()
         self._explored = settled.drawn.explored.tolist()
@@ -130,8 +137,6 @@ class _Rows:
         self._frozen = None if settled.frozen is None else settled.frozen.tolist()
         self._paid = settled.paid.tolist()
         self._left = settled.left
-        constraint = settled.judged.constraint
-        self._joint = isinstance(constraint, Constraint) and bool(constraint.factors)
         declared = self._bundle.fallback
         self._fallback_action = None if declared is None else self._space.wire(declared)
         self._nvec = self._space.nvec if isinstance(self._space, Choices) and self._space.factors else ()
@@ -188,7 +193,7 @@ class _Rows:
             nvec=self._nvec,
             state_reset=group.state_reset[i],
             exploring=self._exploring[i] if self._exploring else b"",
-            joint=self._joint,
+            joint_mask=self._joint[i] if self._joint else b"",
             rules_digest=self._settled.judged.rules_digest,
             monitored=self._settled.judged.constraint.monitors_against(i, self._actions[i]),
             frozen=self._frozen is not None and self._frozen[i],

@@ -152,7 +152,8 @@ def test_a_joint_rule_decides_over_tuples() -> None:
         assert len(answer.distribution) == 4
         assert answer.distribution[3] == 0.0
         assert answer.propensity == pytest.approx(answer.distribution[2 * answer.action[0] + answer.action[1]])  # type: ignore[index]
-        assert record.joint is True
+        assert list(record.joint_mask) == [1, 1, 1, 0]
+        assert len(record.behaviour) == len(record.target) == 4 * 8
 
 
 def test_points_keep_to_the_rules_box() -> None:
