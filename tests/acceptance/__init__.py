@@ -1,0 +1,1 @@
+"""What the service promises, held against an independent account of it, from outside and over many decisions."""
