@@ -46,6 +46,7 @@ MAX_MODEL_BYTES = 256 << 20
 # A manifest that names 3,000 features with bounds and quantiles; a hundred states of 84×84×4 pixels.
 CAPS = {MANIFEST: 512 << 10, MODEL: MAX_MODEL_BYTES, GOLDEN: 64 << 20}
 FILES = (MANIFEST, MODEL, GOLDEN)
+EXPORT_AGAIN = "export network and golden vectors again, together, from states as in training"
 STATE_TYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64"}
 
 
@@ -173,7 +174,7 @@ def read_interface(model: bytes, manifest: Manifest, observation: ObservationSpe
     proto = parse_model(model)
     check_tensors(proto)
     check_operators(proto)
-    recurrent, one_by_one = check_signature(proto.graph, manifest, observation, action)
+    recurrent, one_by_one = check_interface(proto.graph, manifest, observation, action)
     return Interface(
         head=manifest.head,
         action=action,
@@ -201,17 +202,18 @@ def _golden(raw: bytes, observation: ObservationSpec, width: int) -> GoldenVecto
             states = np.asarray(golden.states, dtype=observation.dtype)
         outputs = np.asarray(golden.outputs, dtype=np.float64)
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise BundleError(f"{GOLDEN}: {error}", GOLDEN, "golden") from None
+        raise BundleError(f"{GOLDEN} cannot be read: {error}; {EXPORT_AGAIN}", GOLDEN, "golden") from None
     if not golden.states or states.shape[1:] != observation.shape or outputs.shape != (len(states), width):
         expected = f"states [G, {', '.join(map(str, observation.shape))}] and outputs [G, {width}]"
-        raise BundleError(f"{GOLDEN} must hold {expected} with G at least 1", GOLDEN, "golden")
+        detail = f"{GOLDEN} does not hold {expected} with G at least 1; {EXPORT_AGAIN}"
+        raise BundleError(detail, GOLDEN, "golden")
     if not (np.isfinite(states).all() and np.isfinite(outputs).all()):
-        detail = f"{GOLDEN} holds numbers that are not finite; export the bundle again from states as in training"
+        detail = f"{GOLDEN} holds numbers that are not finite; {EXPORT_AGAIN}"
         raise BundleError(detail, GOLDEN, "golden")
     return golden
 
 
-def check_signature(
+def check_interface(
     graph: onnx.GraphProto, manifest: Manifest, observation: ObservationSpec, action: ActionSpec
 ) -> tuple[tuple[StateTensor, ...], bool]:
     """Hold inputs and outputs against the manifest. Gives the memory's tensors, and whether the network takes one state
@@ -222,7 +224,8 @@ def check_signature(
     tensor = inputs[manifest.model.input]
     expected = onnx.TensorProto.DataType.Value({"float32": "FLOAT", "float64": "DOUBLE"}[observation.dtype])
     if tensor.elem_type != expected:
-        raise BundleError(f"the network's input is not {observation.dtype}", "observation.dtype", "signature")
+        detail = f"the network's input is not {observation.dtype}; declare the dtype that it takes"
+        raise BundleError(detail, "observation.dtype", "interface")
     found = [_check_shape(shape_of(tensor), observation.shape, "observation.shape")]
     if manifest.model.mask is not None:
         found.append(_check_mask(inputs[manifest.model.mask], action))
@@ -243,14 +246,14 @@ def _check_names(
     states = manifest.recurrent.states if manifest.recurrent else []
     named = [manifest.model.input, *([manifest.model.mask] if manifest.model.mask else []), *(s.input for s in states)]
     if set(inputs) != set(named) or len(set(named)) != len(named):
-        detail = f"the network's inputs are {sorted(inputs)}, the manifest names {sorted(named)}"
-        raise BundleError(detail, "model.input", "signature")
+        detail = f"the network's inputs are {sorted(inputs)}, the manifest names {sorted(named)}; name each once"
+        raise BundleError(detail, "model.input", "interface")
     read = {"model.output": manifest.model.output, "model.log_std": manifest.model.log_std}
     read |= {f"recurrent.states[{index}].output": state.output for index, state in enumerate(states)}
     for field, name in read.items():
         if name is not None and name not in outputs:
-            detail = f"the network's outputs are {sorted(outputs)}, the manifest names {name!r}"
-            raise BundleError(detail, field, "signature")
+            detail = f"the network's outputs are {sorted(outputs)}, the manifest names {name!r}; name one of them"
+            raise BundleError(detail, field, "interface")
 
 
 def _check_heads(outputs: Mapping[str, onnx.TypeProto.Tensor], manifest: Manifest, action: ActionSpec) -> list[bool]:
@@ -259,7 +262,7 @@ def _check_heads(outputs: Mapping[str, onnx.TypeProto.Tensor], manifest: Manifes
         return [_check_index(head, len(action.nvec))]
     if head.elem_type not in FLOAT_TYPES:
         detail = f"head {manifest.head} answers with float32 or float64; cast the output when exporting"
-        raise BundleError(detail, "model.output", "signature")
+        raise BundleError(detail, "model.output", "interface")
     field = "action.low" if isinstance(action, Box) else "action.n" if not action.factors else "action.nvec"
     if manifest.model.log_std is None:
         width = action.size * (2 if manifest.head in CONTINUOUS_HEADS else 1)
@@ -274,14 +277,18 @@ def _check_index(tensor: onnx.TypeProto.Tensor, factors: int) -> bool:
     rows = ([1], [None], []) if factors == 1 else ([factors], [None])
     if tensor.elem_type not in INDEX_TYPES or len(shape) > 2 or shape[1:] not in rows:
         wanted = "[batch] or [batch, 1]" if factors == 1 else f"[batch, {factors}]"
-        detail = f"an action head answers with one index for each factor, {wanted}; this has shape {shape}"
-        raise BundleError(detail, "model.output", "signature")
+        detail = (
+            f"an action head answers with one index for each factor, {wanted}, and this output has shape {shape}; "
+            "export the index, or declare the head that the numbers are"
+        )
+        raise BundleError(detail, "model.output", "interface")
     return shape[:1] in ([], [1])
 
 
 def _check_mask(tensor: onnx.TypeProto.Tensor, action: ActionSpec) -> bool:
     if tensor.elem_type not in FLOAT_TYPES | {onnx.TensorProto.BOOL}:
-        raise BundleError("a mask input is bool, float32 or float64", "model.mask", "signature")
+        detail = "a mask input is bool, float32 or float64; cast it inside the network"
+        raise BundleError(detail, "model.mask", "interface")
     return _check_shape(shape_of(tensor), (action.size,), "model.mask")
 
 
@@ -290,11 +297,12 @@ def _check_state(
 ) -> tuple[str, bool]:
     """Check one tensor of the memory, in and out. Gives its dtype, and whether it is for one state only."""
     if axis > len(shape):
-        raise BundleError(f"batch_axis {axis} is not an axis of a batch of {list(shape)}", f"{field}.batch_axis")
+        detail = f"a batch of {list(shape)} has no axis {axis}; give one of 0 to {len(shape)}"
+        raise BundleError(detail, f"{field}.batch_axis")
     taken, given = tensors
     if taken.elem_type != given.elem_type or taken.elem_type not in STATE_TYPES:
-        detail = "a state must be float32 or float64, the same going in and coming out"
-        raise BundleError(detail, f"{field}.input", "signature")
+        detail = "a state is float32 or float64, the same going in and coming out; cast it inside the network"
+        raise BundleError(detail, f"{field}.input", "interface")
     fixed = []
     for name, tensor in (("input", taken), ("output", given)):
         found = shape_of(tensor)
@@ -310,8 +318,9 @@ def _check_shape(found: Shape, declared: tuple[int, ...], field: str) -> bool:
     if len(found) != len(declared) + 1 or any(
         have not in (None, want) for have, want in zip(found[1:], declared, strict=True)
     ):
-        detail = f"the network has shape {found}, the manifest says [batch, {', '.join(map(str, declared))}]"
-        raise BundleError(detail, field, "signature")
+        said = f"[batch, {', '.join(map(str, declared))}]"
+        detail = f"the network has shape {found}, the manifest says {said}; correct whichever is wrong"
+        raise BundleError(detail, field, "interface")
     if found[0] not in (None, 1):
         detail = f"the network takes batches of {found[0]} only; export with a dynamic batch axis (dynamic_axes)"
         raise BundleError(detail, field, "batch")

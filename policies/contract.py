@@ -23,6 +23,7 @@ MARKS: dict[str, str] = {"passed": "✓", "failed": "✗", "warned": "!", "not r
 
 # (step of the trial, checks, promise): the order in which a load makes them.
 GATE: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("start", ("profile",), "It is known what its network means"),
     ("start", ("files", "links", "archive"), "It has its three files"),
     ("start", ("size",), "No file is over its size cap"),
     ("read", ("manifest",), "Its manifest fits the schema"),
@@ -30,7 +31,7 @@ GATE: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("read", ("parse",), "Its network is a whole ONNX file"),
     ("read", ("external_data",), "Its network keeps all data in its own file"),
     ("read", ("ir_version", "opset", "operators"), "Its network has standard operators only, of known versions"),
-    ("read", ("signature", "batch"), "Its inputs and outputs are those that the manifest names"),
+    ("read", ("interface", "batch"), "Its inputs and outputs are those that the manifest names"),
     ("read", ("golden",), "Its golden vectors fit its spaces"),
     ("load", ("load",), "ONNX Runtime opens it"),
     ("load", ("golden",), "It reproduces its golden vectors"),

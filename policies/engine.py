@@ -1,16 +1,19 @@
 """EDGE: a version ready to run. One session per version; where it runs; whether it may; how long a call will take.
 
-Duty: open the network on the device that was asked for, hold it against its golden vectors, warm it up and time it, and
-open it anew when the device has run out of memory. It knows nothing of masks, exploration or requests.
+Duty: open the network on the device that was asked for, hold it against its golden vectors, warm it up and time it, end
+calls that take too long, and open it anew when the device has run out of memory. It knows nothing of masks,
+exploration or requests.
 Strategy: ONNX Runtime falls back to CPU without an error when CUDA is missing, so the session's providers are checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -18,9 +21,13 @@ import numpy.typing as npt
 import structlog
 
 from policies.bundle import PolicyBundle
+from policies.cuda import DEVICE
 from policies.errors import BundleError, ConfigError
-from policies.network import CPU, CUDA, Memory, Network, Outputs, available_providers
+from policies.extent import grows_with_values
+from policies.graph import parse_model
+from policies.network import CPU, CUDA, Memory, Network, Outputs, available_providers, new_call, open_on
 from policies.types import Bools
+from policies.watchdog import Endable, Watchdog
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -44,6 +51,14 @@ log = structlog.get_logger("policies.engine")
 
 class OutOfMemory(RuntimeError):
     """The device ran out of memory: this call has no answer, the next ones will when the session is open again."""
+
+
+class Reopening(OutOfMemory):
+    """The network was not asked: its session is being opened again. No fault of this call."""
+
+
+class Overdue(RuntimeError):
+    """The call took longer than its limit: it was ended, or came too late. The next one may be fine."""
 
 
 def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
@@ -77,19 +92,30 @@ class Engine:
         device: Device = "cpu",
         monotonic_s: Callable[[], float] = time.perf_counter,
         open_network: Callable[[PolicyBundle, str], Network] | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        """Load, hold against the golden vectors, warm up and time. Raises BundleError or ConfigError."""
+        """Load, hold against the golden vectors, warm up and time. Raises BundleError or ConfigError.
+
+        watchdog: of the process; without one the engine has its own, whose thread lives while there are calls.
+        """
         self.bundle = bundle
         self.device = resolve_device(device)
+        self._asked = device
         self._monotonic_s = monotonic_s
         self._open_network = open_network or _open
-        self._network: Network | None = self._open(device)
+        self._watchdog = watchdog or Watchdog()
+        # Whether a call may hold up whoever waits for it far beyond what is predicted.
+        self.may_hang = grows_with_values(parse_model(bundle.model)) is not None
+        self._network: Network | None = None
         self._reopening = threading.Lock()
-        self._reopen_after_s = 0.0
+        self._reopen_after_s = -math.inf
         self._fixed_s = self._row_s = 0.0
         self._scale = 1.0
-        self._check_golden()
-        self._warm_up()
+        with self._device_to_itself():
+            self._network = self._open()
+            self._check_golden()
+            self._warm_up()
+        _capture_from_now(self._network)
         if bundle.interface.one_by_one:
             mend = DYNAMIC_BATCH.format(input=bundle.interface.input, output=bundle.interface.output)
             log.warning("policy_runs_one_state_at_a_time", policy=bundle.policy, version=bundle.version, mend=mend)
@@ -99,15 +125,20 @@ class Engine:
         return self.step(states, mask, None)[0]
 
     def step(
-        self, states: npt.NDArray[np.floating], mask: Bools | None, memory: Memory | None
+        self,
+        states: npt.NDArray[np.floating],
+        mask: Bools | None,
+        memory: Memory | None,
+        limit_s: float = math.inf,
     ) -> tuple[Outputs, Memory]:
         """Run one call: outputs [B, width] and the memory after it, [B, memory_size], from the memory before it.
 
-        Raises RuntimeError when the network fails or answers with another shape, OutOfMemory while the device has no
-        memory for it: the caller answers with the fallback, and may call again at any time.
+        Raises RuntimeError when the network fails or answers with another shape, OutOfMemory when the device has no
+        memory for it, Reopening until it has again, Overdue when it takes longer than `limit_s`: the caller answers
+        with the fallback, and may call again at any time.
         """
         started = self._monotonic_s()
-        answer = self._ask(states, mask, memory)
+        answer = self._watched(states, mask, memory, limit_s)
         took = self._monotonic_s() - started
         ratio = took / max(self._fixed_s + self._row_s * len(states), 1e-9)
         self._scale += SMOOTHING * (ratio - self._scale)
@@ -127,20 +158,50 @@ class Engine:
         fixed, row = self._scale * self._fixed_s, self._scale * self._row_s
         return max(1, int((budget_s - fixed) / max(row, 1e-9)))
 
+    def _watched(
+        self, states: npt.NDArray[np.floating], mask: Bools | None, memory: Memory | None, limit_s: float
+    ) -> tuple[Outputs, Memory]:
+        call = new_call()
+        if limit_s == math.inf:
+            return self._ask(states, mask, memory, call)
+        self._watchdog.begin(call, limit_s)
+        try:
+            answer = self._ask(states, mask, memory, call)
+        except RuntimeError as error:
+            if call.terminate:
+                raise self._overdue(limit_s) from error
+            raise
+        finally:
+            self._watchdog.finish(call)
+        if call.terminate:  # it ended by itself, and late
+            raise self._overdue(limit_s)
+        return answer
+
+    def _overdue(self, limit_s: float) -> Overdue:
+        self.may_hang = True
+        return Overdue(f"{self.bundle.policy}/{self.bundle.version}: the call took longer than {limit_s:g} s")
+
     def _ask(
-        self, states: npt.NDArray[np.floating], mask: Bools | None, memory: Memory | None
+        self,
+        states: npt.NDArray[np.floating],
+        mask: Bools | None,
+        memory: Memory | None,
+        call: Endable | None = None,
     ) -> tuple[Outputs, Memory]:
         network, name = self._network, f"{self.bundle.policy}/{self.bundle.version}"
         if network is None:
             self._reopen()
-            raise OutOfMemory(f"{name}: the session is being opened again after the device ran out of memory")
+            raise Reopening(f"{name}: the session is being opened again after the device ran out of memory")
         try:
-            return network.ask(states, mask, memory)
+            return network.ask(states, mask, memory, call)
         except RuntimeError as error:
-            if any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
-                self._reopen()
-                raise OutOfMemory(f"{name}: {error}") from error
-            raise RuntimeError(f"{name}: {error}") from error
+            said = str(error)
+            if not any(sign in said.lower() for sign in OUT_OF_MEMORY):
+                raise RuntimeError(f"{name}: {said}") from error
+        # Out of the clause above, where the error's frames still hold the session and with it the memory.
+        del network
+        self._reopen()
+        raise OutOfMemory(f"{name}: {said}")
 
     def _reopen(self) -> None:
         """Close the session, which gives its memory back, and open it again beside: until then there is no network.
@@ -155,17 +216,26 @@ class Engine:
 
     def _open_again(self) -> None:
         try:
-            self._network = self._open("auto" if self.device == "cuda" else "cpu")
+            with self._device_to_itself():
+                network = self._open()
+            _capture_from_now(network)
+            self._network = network
             log.warning("session_reopened", policy=self.bundle.policy, version=self.bundle.version, device=self.device)
         except Exception as error:  # still no memory: the next call tries again
             log.error("session_not_reopened", policy=self.bundle.policy, version=self.bundle.version, error=str(error))
         finally:
             self._reopening.release()
 
-    def _open(self, device: Device) -> Network:
+    @contextlib.contextmanager
+    def _device_to_itself(self) -> Iterator[None]:
+        """Let no CUDA graph be captured meanwhile: what is allocated here would spoil it."""
+        with DEVICE if self.device == "cuda" else contextlib.nullcontext():
+            yield
+
+    def _open(self) -> Network:
         network = self._open_network(self.bundle, self.device)
         if network.provider != PROVIDERS[self.device]:
-            if device == "cuda":
+            if self._asked == "cuda":
                 raise ConfigError("device cuda was asked for, but its libraries do not load", "SUREFOOT_DEVICE")
             log.warning("cuda_fell_back_to_cpu", policy=self.bundle.policy, version=self.bundle.version)
             self.device = "cpu"
@@ -214,5 +284,10 @@ class Engine:
 
 
 def _open(bundle: PolicyBundle, device: str) -> Network:
-    providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
-    return Network(bundle.model, bundle.interface, providers)
+    return open_on(bundle.model, bundle.interface, device)
+
+
+def _capture_from_now(network: Network) -> None:
+    """Warm-up is over: whichever thread asks from now on serves, and CUDA graphs belong to threads."""
+    if network.buffers is not None:
+        network.buffers.capturing = True

@@ -27,10 +27,12 @@ Choice = int | str
 MAX_VALUES = 1 << 18
 MAX_CHOICES = 65_536  # of all factors together
 MANY = (list, tuple, set)  # what YAML can make besides mappings
+REFERENCE = "docs/bundles.md says what may stand there"
 
 # Heads that answer with numbers in a box; the others score choices, but `action`, which can be either.
 CONTINUOUS_HEADS = frozenset({"gaussian", "squashed_gaussian"})
 SCORES = frozenset({"q_values", "logits", "probabilities"})
+SCORED, POINTS = "q_values, logits, probabilities or action", "action, gaussian or squashed_gaussian"
 
 
 class FeatureManifest(Struct, forbid_unknown_fields=True, frozen=True):
@@ -149,10 +151,10 @@ def read_manifest(raw: bytes) -> Manifest:
         _check_extent(document)
         return msgspec.convert(document, Manifest)
     except yaml.YAMLError as error:
-        raise BundleError(f"{MANIFEST} is not YAML: {error}", MANIFEST) from None
+        raise BundleError(f"{MANIFEST} is not YAML: {error}; mend it at that place", MANIFEST) from None
     except (RecursionError, ValueError, OverflowError) as error:  # msgspec.ValidationError is a ValueError
         message, _, path = str(error).partition(" - at `$")
-        raise BundleError(message, path.strip(".`") or MANIFEST) from None
+        raise BundleError(f"{message}; {REFERENCE}", path.strip(".`") or MANIFEST) from None
 
 
 def observation_spec(manifest: Manifest) -> ObservationSpec:
@@ -184,7 +186,8 @@ def action_spec(manifest: Manifest) -> ActionSpec:
         raise BundleError(detail, "action.nvec")
     factors = declared.factors or [FactorManifest(f"factor_{f}") for f in range(len(declared.nvec))]
     if len(factors) != len(declared.nvec):
-        raise BundleError(f"nvec has {len(declared.nvec)} factors, {len(factors)} are named", "action.factors")
+        detail = f"nvec has {len(declared.nvec)} factors, {len(factors)} are named; name each of them, or none"
+        raise BundleError(detail, "action.factors")
     names = [
         _names(n, factor.names, f"action.factors[{f}].names")
         for f, (n, factor) in enumerate(zip(declared.nvec, factors, strict=True))
@@ -195,7 +198,7 @@ def action_spec(manifest: Manifest) -> ActionSpec:
 def _names(n: int, declared: list[str], field: str) -> tuple[str, ...]:
     names = tuple(declared) or tuple(str(index) for index in range(n))
     if len(names) != n:
-        raise BundleError(f"there are {n} choices, but {len(names)} names", field)
+        raise BundleError(f"there are {n} choices, but {len(names)} names; name each of them, or none", field)
     return names
 
 
@@ -209,7 +212,7 @@ def fallback_action(declared: object, action: ActionSpec) -> tuple[float, ...] |
     except UnknownAction as error:
         raise BundleError(f"{error.detail}; or declare `fallback: none`", error.field) from None
     if not action.validate(found):
-        raise BundleError("the fallback lies outside the action space", "fallback")
+        raise BundleError("the fallback lies outside low and high; name a point between them", "fallback")
     return found
 
 
@@ -218,16 +221,21 @@ def sigma_of(manifest: Manifest, action: ActionSpec) -> tuple[float, ...] | None
     declared, epsilon = manifest.exploration.sigma, manifest.exploration.epsilon
     if isinstance(action, Choices):
         if declared is not None:
-            raise BundleError("sigma is for continuous actions; choices explore uniformly", "exploration.sigma")
+            detail = "sigma is for continuous actions, and choices explore uniformly; leave it out"
+            raise BundleError(detail, "exploration.sigma")
         return None
     if declared is None:
         if epsilon > 0:
-            detail = "to explore a continuous action, say how far: the deviation in units of the action"
+            detail = (
+                "a continuous action is explored around itself, and nothing says how far; give the deviation, in units "
+                "of the action, or epsilon 0"
+            )
             raise BundleError(detail, "exploration.sigma")
         return None
     sigma = tuple(declared) if isinstance(declared, list) else (declared,) * action.size
     if len(sigma) != action.size or not all(map(math.isfinite, sigma)):
-        raise BundleError(f"sigma is one finite number, or {action.size} of them", "exploration.sigma")
+        detail = f"sigma has {len(sigma)} numbers, or one that is not finite; give one, or {action.size}, all finite"
+        raise BundleError(detail, "exploration.sigma")
     return sigma
 
 
@@ -235,24 +243,30 @@ def check_head(manifest: Manifest, action: ActionSpec) -> None:
     """Hold head, transform and temperature against the action space. Raises BundleError."""
     head = manifest.head
     if manifest.temperature is not None and head not in ("q_values", "logits"):
-        raise BundleError(f"temperature is for heads q_values and logits, not {head}", "temperature")
+        detail = f"temperature is for heads q_values and logits, not {head}; leave it out, or declare the right head"
+        raise BundleError(detail, "temperature")
     if manifest.action_transform != "none" and head not in ("action", "gaussian"):
-        raise BundleError(f"action_transform is for numbers that head {head} does not give", "action_transform")
+        detail = f"action_transform is for heads action and gaussian, not {head}; leave it out"
+        raise BundleError(detail, "action_transform")
     if manifest.model.log_std is not None and head not in CONTINUOUS_HEADS:
-        raise BundleError(f"log_std is for gaussian heads, not {head}", "model.log_std")
+        detail = f"log_std is for heads gaussian and squashed_gaussian, not {head}; leave it out"
+        raise BundleError(detail, "model.log_std")
     if isinstance(action, Box):
         _check_points(manifest, action)
     elif head in CONTINUOUS_HEADS:
-        raise BundleError(f"head {head} needs a continuous action, this one is {action.kind}", "head")
+        detail = f"head {head} needs a continuous action, this is {action.kind}; declare head {SCORED}, or a box"
+        raise BundleError(detail, "head")
     elif manifest.action_transform != "none":
-        raise BundleError("action_transform is for continuous actions", "action_transform")
+        raise BundleError("action_transform is for continuous actions; leave it out", "action_transform")
 
 
 def _check_points(manifest: Manifest, action: Box) -> None:
     if manifest.head in SCORES:
-        raise BundleError(f"head {manifest.head} scores choices, but the action is continuous", "head")
+        detail = f"head {manifest.head} scores choices, but the action is continuous; declare head {POINTS}"
+        raise BundleError(detail, "head")
     if manifest.model.mask is not None:
-        raise BundleError("a mask is over choices, but the action is continuous", "model.mask")
+        detail = "a mask is over choices, but the action is continuous; export without that input, and leave it out"
+        raise BundleError(detail, "model.mask")
     if not action.bounded and (manifest.head == "squashed_gaussian" or manifest.action_transform == "unscale"):
-        detail = "[-1, 1] cannot be scaled to a coordinate without bounds: give finite low and high"
+        detail = "[-1, 1] cannot be scaled to a coordinate without bounds; give finite low and high"
         raise BundleError(detail, "action.low")

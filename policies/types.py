@@ -48,13 +48,16 @@ class ObservationSpec:
 
     def __post_init__(self) -> None:
         if not self.shape or any(n < 1 for n in self.shape):
-            raise BundleError(f"shape must be positive integers, got {list(self.shape)}", "observation.shape")
+            detail = f"the shape is {list(self.shape)}; give one or more positive integers, without the batch axis"
+            raise BundleError(detail, "observation.shape")
         if self.features and self.shape != (len(self.features),):
-            raise BundleError(
-                f"{len(self.features)} features do not fit shape {list(self.shape)}", "observation.features"
+            detail = (
+                f"{len(self.features)} features do not fit shape {list(self.shape)}; name each element of a vector, or "
+                "leave features out"
             )
+            raise BundleError(detail, "observation.features")
         if len(set(self.names)) != len(self.names):
-            raise BundleError("feature names must be unique", "observation.features")
+            raise BundleError("two features have one name; give each its own", "observation.features")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -137,11 +140,12 @@ class Choices:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= 65_536 or not all(self.names):
-            raise BundleError(f"there must be 1 to 65536 choices in all, got {list(self.nvec)}", "action.n")
+            detail = f"the factors have {list(self.nvec)} choices; give each at least one, and 65536 in all at most"
+            raise BundleError(detail, "action.n")
         if any(len(set(names)) != len(names) for names in self.names):
-            raise BundleError("the names of one factor must differ", "action.names")
+            raise BundleError("two choices of one factor have one name; give each its own", "action.names")
         if self.factors and len(set(self.factors)) != len(self.names):
-            raise BundleError(f"{len(self.names)} factors need as many different names", "action.factors")
+            raise BundleError(f"{len(self.names)} factors need as many names; name each differently", "action.factors")
 
     @property
     def kind(self) -> ActionKind:
@@ -217,13 +221,21 @@ class Box:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.low) <= 4_096 or len(self.low) != len(self.high):
-            raise BundleError("low and high must have one number for each coordinate, 1 to 4096", "action.low")
+            detail = (
+                f"low has {len(self.low)} numbers, high {len(self.high)}; give one for each coordinate, null where "
+                "there is no bound; 4096 coordinates at most"
+            )
+            raise BundleError(detail, "action.low")
         if not all(low <= high for low, high in zip(self.low, self.high, strict=True)):
-            raise BundleError("low must not be above high, nor NaN", "action.low")
+            raise BundleError("low is above high, or one is NaN; exchange or correct them", "action.low")
         if math.inf in self.low or -math.inf in self.high:
-            raise BundleError("a coordinate has no room", "action.low")
+            detail = "a coordinate begins at infinity or ends at -infinity; write null where there is no bound"
+            raise BundleError(detail, "action.low")
         if self.names and (len(self.names) != self.size or len(set(self.names)) != self.size):
-            raise BundleError(f"names must be {self.size} different strings", "action.names")
+            detail = (
+                f"{self.size} coordinates have {len(self.names)} names, or two alike; name each differently, or none"
+            )
+            raise BundleError(detail, "action.names")
 
     @property
     def kind(self) -> ActionKind:

@@ -43,6 +43,7 @@ class Request(Struct, frozen=True):
     start_now: bool
     caps: tuple[Cap, ...]
     purses: dict[Kind, Purse]
+    meter_ms: int  # over how long rates are means
     rate: float  # decisions per second that want to explore
     all_rate: float  # all decisions per second
     decisions: int  # made since the last answer: schedules go by it, no cap does

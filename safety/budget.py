@@ -50,7 +50,7 @@ class Allotted:
     """The outcome of `allot` for B rows.
 
     epsilon: float64 [B], in force. reserved: bool [B], rows that explore if their network answers. price: int64 [B],
-    what each of them takes at most, in millionths.
+    what each of them takes at most, in millionths; zeros where regret is not limited.
     """
 
     epsilon: Floats
@@ -74,17 +74,24 @@ def allot(wanted: Floats, u0: Floats, worst: Floats, expected: Floats, left: Lef
     wanted: float64 [B], ε before any budget. u0: float64 [B], each row's first uniform. worst: float64 [B], the price
     of the worst action that the row could explore. expected: float64 [B], the mean price of its exploring draw.
     """
-    most = np.minimum(pace.rate, pace.share)
-    paced = np.minimum(most, pace.regret / (MICRO * np.clip(_number(expected, 1.0), CHEAPEST, 1.0)))
-    epsilon = np.clip(_number(np.minimum(wanted, paced), 0.0), 0.0, 1.0)
-    price = millionths(worst)
     count = min(left.rate, left.share)
-    explores = u0 < epsilon
-    counted, paid = explores.astype(np.int64), price * explores
-    fits = (count - (counted.cumsum() - counted) >= 1) & (left.regret - (paid.cumsum() - paid) >= price)
-    if not (fits | (epsilon == 0.0)).all():
+    if count < 1 or left.regret < 1:
+        return Allotted(np.zeros(len(wanted)), np.zeros(len(wanted), np.bool_), np.zeros(len(wanted), np.int64))
+    most: Floats | float = min(_strength(pace.rate), _strength(pace.share))
+    price = np.zeros(len(wanted), np.int64)
+    if left.regret < UNLIMITED or pace.regret < np.inf:
+        most = np.minimum(most, pace.regret / (MICRO * np.fmax(np.fmin(expected, 1.0), CHEAPEST)))
+        price = millionths(worst)
+    epsilon = np.fmin(np.fmax(np.minimum(wanted, most), 0.0), 1.0)  # what is not a number becomes zero
+    reserved = u0 < epsilon
+    if np.count_nonzero(reserved) >= count or price[reserved].sum() + price.max(initial=0) > left.regret:
         epsilon = _one_by_one(epsilon, u0, price, count, left.regret)
-    return Allotted(epsilon, u0 < epsilon, price)
+        reserved = u0 < epsilon
+    return Allotted(epsilon, reserved, price)
+
+
+def _strength(pace: float) -> float:
+    return pace if pace > 0.0 else 0.0
 
 
 def _one_by_one(epsilon: Floats, u0: Floats, price: Ints, count: int, regret: int) -> Floats:
@@ -170,8 +177,8 @@ def expected_point_price(centre: Floats, sigma: Floats, worst: Floats, low: Floa
 
 
 def millionths(price: Floats) -> Ints:
-    """Prices as whole millionths, rounded up, int64. What is no price costs 1."""
-    return np.asarray(np.ceil(np.clip(_number(price, 1.0), 0.0, 1.0) * MICRO - 1e-6), dtype=np.int64)
+    """Prices as whole millionths, rounded up, int64. What is no price costs 1, and nothing less than the cheapest."""
+    return np.ceil(np.fmax(np.fmin(price, 1.0), CHEAPEST) * MICRO - 1e-6).astype(np.int64)
 
 
 def _number(values: Floats, otherwise: float) -> Floats:

@@ -128,7 +128,7 @@ class Any:
         for part in self.parts:
             if found == wanted:
                 break
-            found |= part.among(view, wanted)
+            found |= part.among(view, wanted & ~found)
         return found
 
 

@@ -26,11 +26,12 @@ from safety.bank import TERM_S, Granted, Progress, Purse, Reply, Request
 from safety.budget import NOTHING, Allotted, Left, Pace, allot, millionths
 from safety.burn import RUNNING, BurnLimit, BurnState, step
 from safety.exploration import Exploration, Kind
-from safety.pace import Meter, pace
+from safety.pace import Meter, memory_s, pace
 
 RENEW_S: Final = TERM_S / 3  # two renewals may fail before a lease lapses
 RETRY_S: Final = 0.2
-IDLE_S: Final = 10.0  # a holder without decisions for so long gives its portions back
+# A holder without decisions for so long, or a tenth of its longest window, gives its portions back.
+IDLE_S: Final = 10.0
 
 StateName = Literal["lapsed", "asking", "held", "renewing", "released"]
 Event = Literal["ask", "granted", "failed", "lapse", "release"]
@@ -108,13 +109,14 @@ class Holder:
     def __init__(self, name: str, exploration: Exploration, generation: int) -> None:
         self.name = name  # of this life of this worker: never the same again
         self.state: StateName = "lapsed"
-        self.due_s = float("-inf")  # when to ask next
+        self.due_s = float("-inf")  # when to ask next: at once
         self.lapses = 0
-        self._exploration, self._generation = exploration, generation
+        self._wanting, self._all = Meter(0.0), Meter(0.0)
+        self.configure(exploration, generation)
         self._portions: dict[Kind, Portion] = {}
         self._seq = 0
-        self._sent_s = self._until_s = self._busy_s = float("-inf")
-        self._wanting, self._all = Meter(), Meter()
+        self._sent_s = self._until_s = float("-inf")
+        self._busy_s: float | None = None  # when a decision last wanted to explore, at first when asking began
         self._news = self._reporting = News()
         self._fleet_rate = 0.0
         self._progress = Progress()
@@ -155,6 +157,8 @@ class Holder:
     def spend(self, settled: Settled, explored: Bools, paid: Floats) -> None:
         """Give back what the draw did not take. explored: bool [B]; paid: float64 [B], the prices of what was drawn."""
         allotted = settled.allotted
+        if not (settled.windows and (allotted.count or explored.any())):
+            return
         count = int(explored.sum()) - allotted.count
         regret = int(millionths(paid)[explored].sum()) - allotted.regret
         for kind, window in settled.windows.items():
@@ -167,13 +171,17 @@ class Holder:
     def configure(self, exploration: Exploration, generation: int) -> None:
         """Go by another document from the next request on; a freeze holds at once."""
         self._exploration, self._generation = exploration, generation
+        windows = [cap.window_ms for cap in exploration.caps]
+        self._wanting.memory_s = self._all.memory_s = memory_s(windows)
+        self._idle_s = max([IDLE_S, *(window / 10_000 for window in windows)])
         self.due_s = float("-inf")
 
     def ask(self, now_s: float) -> Request:
         """Begin a request. One at a time: `granted` or `failed` ends it."""
         self._lapse(now_s)
         self._move("ask")
-        if now_s - self._busy_s >= IDLE_S:
+        self._busy_s = now_s if self._busy_s is None else self._busy_s
+        if self._idle(now_s):
             self._give_back()
         return self._request(now_s)
 
@@ -211,6 +219,9 @@ class Holder:
     def _move(self, event: Event) -> None:
         self.state = TABLE[self.state, event]
 
+    def _idle(self, now_s: float) -> bool:
+        return self._busy_s is None or now_s - self._busy_s >= self._idle_s
+
     def _lapse(self, now_s: float) -> None:
         if self._leased and now_s >= self._until_s:
             self._move("lapse")
@@ -237,7 +248,7 @@ class Holder:
         self._seq += 1
         self._sent_s, self._reporting = now_s, self._news
         limit: BurnLimit | None = self._exploration.burn
-        idle = now_s - self._busy_s >= IDLE_S
+        idle = self._idle(now_s)
         progress = self._progress_at(now_s)
         return Request(
             holder=self.name,
@@ -246,6 +257,7 @@ class Holder:
             start_now=self._exploration.start == "now",
             caps=self._exploration.caps,
             purses={kind: self._purse(each) for kind, each in self._portions.items()},
+            meter_ms=int(self._all.memory_s * 1000),
             rate=0.0 if idle else self._wanting.rate(now_s),
             all_rate=0.0 if idle else self._all.rate(now_s),
             decisions=self._news.decisions,

@@ -11,9 +11,13 @@ when the report comes, hence no earlier than its draw. With the promise of `past
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from safety.limits import Entry, Limit
+
+# Between a reservation and its draw nothing may take longer; a lease that ends sooner is as good as over. Renewals come
+# so often that this happens only when Redis is away.
+MARGIN_S: Final = 0.25
 
 
 class Ask(NamedTuple):
@@ -55,7 +59,7 @@ class Places:
     def room(self, now_s: float) -> int:
         """What may be reserved now: nothing without a lease."""
         self._turn(now_s)
-        return self.held - self.reserved if now_s < self.until_s else 0
+        return self.held - self.reserved if now_s < self.until_s - MARGIN_S else 0
 
     def reserve(self, name: str, entry: Entry, now_s: float, until_s: float) -> int:
         """Reserve the most that a row may come to, and give the room there was for it."""

@@ -210,21 +210,20 @@ def _unlike_training(rule: Support, observation: ObservationSpec, state: Sequenc
             return True
         low, high = _seen(rule, feature)
         closed = math.isfinite(low) and math.isfinite(high)
-        half = high / 2 - low / 2 if closed else 0.0
-        outside += value < _beyond(low - rule.margin * 2 * half, -1) or value > _beyond(
-            high + rule.margin * 2 * half, 1
-        )
+        half, middle = (high / 2 - low / 2, low / 2 + high / 2) if closed else (0.0, 0.0)
+        low, high = low - rule.margin * 2 * half, high + rule.margin * 2 * half
+        outside += value < low - _rounded(low, observation) or value > high + _rounded(high, observation)
         if closed:
-            away = abs(value - (low / 2 + high / 2))
+            away = abs(value - middle)
             distances.append(0.0 if away == 0.0 else away / half if half else math.inf)
     if outside > rule.max_outside:
         return True
     return rule.max_distance is not None and sum(distances) / len(distances) > rule.max_distance * (1 + ROUNDING)
 
 
-def _beyond(end: float, side: int) -> float:
-    """An end, further out by what rounding to the observation's dtype may have moved it."""
-    return end + side * ROUNDING * abs(end) if math.isfinite(end) else end
+def _rounded(end: float, observation: ObservationSpec) -> float:
+    """By how much rounding to the observation's dtype may have moved an end."""
+    return ROUNDING * abs(end) if observation.dtype == "float32" and math.isfinite(end) else 0.0
 
 
 def _seen(rule: Support, feature: Feature) -> tuple[float, float]:

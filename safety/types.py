@@ -20,6 +20,7 @@ from safety.rules import Instead
 FallbackReason = Literal[
     "inference_failed",
     "inference_timeout",
+    "session_reopening",
     "not_finite",
     "nothing_allowed",
     "no_mass_allowed",

@@ -47,6 +47,8 @@ class Breakers:
     def observe(self, group: Group) -> bool:
         """Count a call that was made. Gives whether the baseline should be timed on the same rows."""
         bundle, now_s = group.version.bundle, self._clock.monotonic_s()
+        if group.failure == "session_reopening":
+            return False  # the network was not asked
         fault = group.failure is not None or _faulty(group)
         slow = group.infer_s * 1000 > bundle.latency_budget_ms
         if bundle.version == group.plan.baseline and not fault:

@@ -19,7 +19,7 @@ import numpy as np
 import structlog
 
 from policies.bundle import PolicyBundle
-from policies.engine import Engine, Overdue
+from policies.engine import Engine, Overdue, Reopening
 from policies.network import Memory, Outputs
 from policies.types import Bools
 from safety.mask import request_mask
@@ -54,6 +54,8 @@ class Inference:
         except (TimeoutError, Overdue):
             group.failure = "inference_timeout"
             log.warning("inference_timeout", policy=bundle.policy, version=bundle.version, limit_s=self._timeout_s)
+        except Reopening:
+            group.failure = "session_reopening"
         except Exception as error:
             group.failure = "inference_failed"
             log.error("inference_failed", policy=bundle.policy, version=bundle.version, error=str(error))

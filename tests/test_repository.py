@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from service.settings import PREFIX, Settings
+from tests import files_table
 
 ROOT = Path(__file__).parent.parent
 PURE_IMPORTS = {
@@ -22,6 +23,7 @@ PACKAGES = {"policies", "safety", "shadow", "service", "surefoot"}
 ALLOWED = {
     "policies/bundle.py": {"onnx"},  # parsers of bytes
     "policies/graph.py": {"onnx", "google"},
+    "policies/extent.py": {"onnx"},
     "policies/manifest.py": {"yaml"},
     "policies/continuous.py": {"scipy"},  # the normal distribution
     "policies/deployment.py": {"yaml"},
@@ -125,6 +127,11 @@ def test_every_error_code_stands_in_the_documents_and_no_other() -> None:
     written = dict(re.findall(r"^\| `([a-z_]+)` \| (\d+) \|", page, re.MULTILINE))
     kinds = [kind for kind in tree(SurefootError) if kind.__module__ == SurefootError.__module__]
     assert written == {kind.code: str(kind.status) for kind in kinds}
+
+
+def test_the_map_of_files_is_the_files() -> None:
+    page = files_table.PAGE.read_text()
+    assert files_table.page_with_tables(page) == page, "run `python -m tests.files_table`"
 
 
 def test_the_constraints_cover_every_dependency() -> None:

@@ -232,22 +232,22 @@ def test_only_standard_operators_of_known_versions_pass(change: Callable[[onnx.M
         (
             bundle_files(linear([[1, 0], [0, 1]]), STATES, STATES, observation={"shape": [3]}),
             "observation.shape",
-            "signature",
+            "interface",
         ),
         (
             bundle_files(linear([[1, 0], [0, 1]]), STATES, STATES, action={"kind": "discrete", "n": 3}),
             "action.n",
-            "signature",
+            "interface",
         ),
         (
             bundle_files(linear([[1, 0], [0, 1]]), STATES, STATES, observation={"shape": [2, 1]}),
             "observation.shape",
-            "signature",
+            "interface",
         ),
         (
             identity_files(observation={"shape": [2], "dtype": "float64"}),
             "observation.dtype",
-            "signature",
+            "interface",
         ),
         (bundle_files(linear([[1, 0], [0, 1]], batch=3), STATES, STATES), "observation.shape", "batch"),
     ],
@@ -300,4 +300,4 @@ def test_an_action_head_that_answers_with_a_row_is_refused() -> None:
     proto = index_of_largest(shape=("batch", 1))
     proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 3
     error = refused(index_files(proto))
-    assert (error.check, error.field) == ("signature", "model.output")
+    assert (error.check, error.field) == ("interface", "model.output")

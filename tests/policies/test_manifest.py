@@ -105,6 +105,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], field: str) -> None
     with pytest.raises(BundleError) as caught:
         declared(**changes)
     assert caught.value.field == field
+    assert "; " in caught.value.detail  # and then what to do
 
 
 def test_a_continuous_policy_that_does_not_explore_needs_no_deviation() -> None:
@@ -135,7 +136,7 @@ def test_a_deployment_says_what_a_version_does() -> None:
     assert [found.role_of(label) for label in "abcd"] == ["champion", "baseline", "challenger", None]
 
 
-# Signatures: masks, memory, heads with deviations.
+# Interfaces: masks, memory, heads with deviations.
 
 GOLDEN = [[0.0, 1.0], [2.0, 3.0]]
 
@@ -161,7 +162,7 @@ def network(
     return proto
 
 
-def with_signature(proto: onnx.ModelProto, model: dict[str, Any], **changes: Any) -> dict[str, bytes]:
+def with_interface(proto: onnx.ModelProto, model: dict[str, Any], **changes: Any) -> dict[str, bytes]:
     from hashlib import sha256
 
     raw = proto.SerializeToString()
@@ -208,22 +209,23 @@ MEMORY = {"states": [{"input": "h_in", "output": "h_out", "shape": [4], "batch_a
         ),
     ],
 )
-def test_a_signature_that_does_not_fit_is_named(
+def test_an_interface_that_does_not_fit_is_named(
     proto: onnx.ModelProto, model: dict[str, Any], changes: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(BundleError) as caught:
-        read_bundle(with_signature(proto, model, **changes))
-    assert (caught.value.field, caught.value.check) in ((field, "signature"), (field, "manifest"))
+        read_bundle(with_interface(proto, model, **changes))
+    assert "; " in caught.value.detail
+    assert (caught.value.field, caught.value.check) in ((field, "interface"), (field, "manifest"))
 
 
-def test_a_signature_that_fits_is_read() -> None:
+def test_an_interface_that_fits_is_read() -> None:
     proto = network(mask=TensorProto.BOOL, taken=(1, ("batch", 4)), given=(1, None))
     states = {"states": [{"input": "h_in", "output": "h_out", "shape": [4]}]}
-    found = read_bundle(with_signature(proto, {"mask": "mask"}, recurrent=states)).interface
+    found = read_bundle(with_interface(proto, {"mask": "mask"}, recurrent=states)).interface
     assert (found.mask, found.memory_size, found.one_by_one) == ("mask", 4, False)
     proto = network(log_std=("batch", 2))
     continuous = {"action": POINT, "head": "gaussian", "fallback": [0, 0], "exploration": {"epsilon": 0.0}}
-    files = with_signature(proto, {"log_std": "log_std"}, **continuous)
+    files = with_interface(proto, {"log_std": "log_std"}, **continuous)
     assert read_bundle(files | {"golden.json": b'{"states": [[0, 1]], "outputs": [[0, 1, 0, 1]]}'}).interface.width == 4
 
 
@@ -238,7 +240,7 @@ def test_a_head_must_answer_with_floats() -> None:
     proto.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
     with pytest.raises(BundleError, match="float32 or float64") as caught:
         read_bundle(bundle_files(proto, GOLDEN, GOLDEN))
-    assert (caught.value.field, caught.value.check) == ("model.output", "signature")
+    assert (caught.value.field, caught.value.check) == ("model.output", "interface")
 
 
 def test_networks_of_very_many_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

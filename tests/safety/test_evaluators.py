@@ -272,7 +272,7 @@ quantiles = st.lists(st.sampled_from([-0.5, 0.1, 0.3, 0.7, 1.0]), max_size=3)
     st.sampled_from(["range", "quantiles"]),
     st.sampled_from([0.0, 0.1, 0.5, 2.0]),
     st.integers(0, 2),
-    st.one_of(st.none(), st.sampled_from([0.5, 1.0, 2.5])),
+    st.one_of(st.none(), st.sampled_from([0.53, 1.07, 2.51])),  # of no mean that these states have
     st.sampled_from(["float32", "float64"]),
     st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=4),
 )

@@ -220,10 +220,12 @@ CASES = [
     Case("deep_recursion", on_disk(around(hostile.nested_subgraphs(2000))), "parse", "export"),
     Case("old_opset", _changed(hostile.old_opset), "opset", "opset_version=17"),
     Case("new_ir", _changed(hostile.new_ir), "ir_version", "export it again"),
-    Case("wrong_input", on_disk(identity_files(observation={"shape": [3]})), "signature", ""),
-    Case("wrong_output", on_disk(identity_files(action={"kind": "discrete", "n": 3}, fallback=0)), "signature", ""),
+    Case("wrong_input", on_disk(identity_files(observation={"shape": [3]})), "interface", "correct"),
+    Case(
+        "wrong_output", on_disk(identity_files(action={"kind": "discrete", "n": 3}, fallback=0)), "interface", "correct"
+    ),
     Case("fixed_batch", on_disk(around(linear([[1, 0], [0, 1]], batch=3))), "batch", "dynamic batch axis"),
-    Case("golden_shape", on_disk(identity_files() | _golden([[1.0]], [[1.0, 2.0]])), "golden", "must hold"),
+    Case("golden_shape", on_disk(identity_files() | _golden([[1.0]], [[1.0, 2.0]])), "golden", "again, together"),
     Case("golden_mismatch", on_disk(identity_files() | _golden(STATES, ZEROS)), "golden", "export both again"),
     Case("nan", on_disk(bundle_files(logarithm(), [[-1.0, 1.0]], [[0.0, 0.0]])), "finite", "look for log(0)"),
     Case("too_slow", on_disk(around(hostile.slow(), ZEROS, latency_budget_ms=0.001)), "latency", "smaller network"),
