@@ -211,7 +211,7 @@ class Decider:
         for each in settled:
             for rule in each.judged.failed:
                 self._metrics.rule_failures.labels(self._policy, rule).inc()
-            for i in np.flatnonzero(~each.passed).tolist():
+            for i in [] if each.passed.all() else np.flatnonzero(~each.passed).tolist():
                 log.error("check_failed", policy=self._policy, decision=each.group.ids[i])
             if each.judged.constraint.monitored:
                 for i, action in enumerate(each.actions.tolist()):

@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, get_args
 
 import msgspec
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from policies.deployment import Deployment
@@ -36,6 +36,7 @@ class Halts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.admin)])
 BY = "admin"  # one token so far, so one name
 IfMatch = Annotated[str | None, Header(alias="If-Match")]
+Last = Annotated[int, Query(ge=1, le=100_000, description="How many of the newest decisions to look at")]
 _BUNDLE = {
     "requestBody": {
         "required": True,
@@ -125,6 +126,20 @@ async def explore(policy: str, request: Request, worker: Worker, if_match: IfMat
     return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=_tag(state))
 
 
+@router.get("/policies/{policy}/calibration", summary="Whether recorded probabilities are the true ones")
+async def calibration(policy: str, worker: Worker) -> Response:
+    found = await worker.calibrations.view(_find(worker, policy).name)
+    return Response(msgspec.json.encode(found), media_type="application/json")
+
+
+@router.delete(
+    "/policies/{policy}/calibration", status_code=204, summary="Forget its alarms and sums: the fault is mended"
+)
+async def recalibrate(policy: str, worker: Worker) -> Response:
+    await worker.calibrations.anew(_find(worker, policy).name)
+    return Response(status_code=204)
+
+
 @router.get("/policies/{policy}/safety", summary="The policy's safety.yaml; empty: it has no rules")
 async def safety(policy: str, worker: Worker) -> Response:
     state = _find(worker, policy)
@@ -137,6 +152,21 @@ async def rule(policy: str, request: Request, worker: Worker, if_match: IfMatch 
     source = await read_text(request.stream(), MAX_BYTES, worker.settings.body_timeout_s)
     state = await worker.changes.rule(policy, source, _generation(if_match), BY)
     return JSONResponse(policy_view(state), headers=_tag(state))
+
+
+@router.post(
+    "/policies/{policy}/safety/test",
+    summary="Try a safety.yaml on recent decisions: what it would have changed. Nothing is changed by it",
+    openapi_extra=_SAFETY,
+)
+async def rehearse(policy: str, request: Request, worker: Worker, last: Last = 1_000) -> Response:
+    source = await read_text(request.stream(), MAX_BYTES, worker.settings.body_timeout_s)
+    state, served = _find(worker, policy), worker.policies.get(policy)
+    if state.document is None or served is None:
+        raise UnknownPolicy(f"{policy!r} has versions but is not deployed", "policy")
+    plan = served.coalescer.decider.plan
+    report = await worker.rehearsal.run(plan, state.document.safety, source, last)
+    return Response(msgspec.json.encode(report), media_type="application/json")
 
 
 @router.post("/policies/{policy}/versions/{label}/rearm", summary="Close a version's breaker again, everywhere")

@@ -139,6 +139,7 @@ _reward_record = msgspec.msgpack.Decoder(RewardRecord)
 _events = msgspec.msgpack.Decoder(list[list[msgspec.Raw]])
 _text = msgspec.msgpack.Decoder(str)
 _scalar = msgspec.msgpack.Decoder(int | str)
+_DECISION = _encoder.encode("D")  # how a decision event ends
 
 
 def action_text(action: Sequence[float]) -> str:
@@ -157,8 +158,22 @@ def encode_events(events: list[Event]) -> bytes:
 
 
 def decode_events(blob: bytes) -> list[Event]:
-    """Read a blob back: for tools and tests, the service itself never does."""
+    """Read a blob back, whole: for tools and tests."""
     return [_event(columns) for columns in _events.decode(blob)]
+
+
+def holds_decisions(blob: bytes) -> bool:
+    """Whether the last event of a blob is a decision. Decisions and rewards are never recorded together."""
+    return blob.endswith(_DECISION)
+
+
+def decode_decisions(blob: bytes) -> list[tuple[str, bytes, bytes]]:
+    """Read action, mask and record of each decision in a blob, and nothing else. Raises msgspec.DecodeError."""
+    return [
+        (_text.decode(columns[5]), _bytes(columns[7]), _bytes(columns[8]))
+        for columns in _events.decode(blob)
+        if _text.decode(columns[-1]) == "D"
+    ]
 
 
 def _columns(event: Event) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from typing import get_args
 import structlog
 
 from policies.errors import SurefootError
+from safety.burn import BurnLimit
 from safety.document import read_rules
 from safety.exploration import MICRO
 from safety.halt import KillSwitch
@@ -68,12 +69,18 @@ class Guarding:
             await asyncio.gather(*(limits.run_once() for limits in self._limits.values()))
             await asyncio.sleep(LIMITS_S)
 
+    def burn_limits(self) -> dict[str, BurnLimit]:
+        """When exploration halts, of the policies that say so."""
+        declared = {policy: side.exploration for policy, side in self._sides.items()}
+        return {policy: each.burn for policy, each in declared.items() if each is not None and each.burn is not None}
+
     def refresh_metrics(self, metrics: Metrics) -> None:
         """Set the gauges that are read, not counted."""
         leases = self.leases.statistics()
         metrics.lease_failures.set(leases.failures)
         for policy, standing in leases.standing.items():
             metrics.lease_held.labels(policy).set(standing.explores)
+            metrics.exploration_halted.labels(policy).set(not standing.burn.explores)
             for cap in self._allowances[policy].exploration.caps if policy in self._allowances else ():
                 left = getattr(standing.left, cap.kind)
                 metrics.budget_left.labels(policy, cap.kind).set(left / MICRO if cap.kind == "regret" else left)

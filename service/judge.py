@@ -17,12 +17,12 @@ import numpy as np
 from policies.heads import target
 from policies.types import Bools, Box, Target, columns
 from safety.bounds import request_box
+from safety.chain import constrain, constrain_box
 from safety.combine import Pair, combine, combine_box
 from safety.facts import Facts, Verdict
 from safety.halt import combined
 from safety.joint import lift_target
 from safety.mask import request_mask
-from safety.rules import Instead
 from safety.types import BoxConstraint, Constraint, FallbackReason
 from service.plan import Group, Safeguards
 
@@ -76,7 +76,7 @@ class Judged:
 
 def judge(group: Group, safeguards: Safeguards, instead: str | None, past: Past | None = None) -> Judged:
     """Judge a group. instead: the version that answers where the group's own may not; None: the fallback does."""
-    judged = _ruled(group, safeguards.ruling, past or Past.unasked(len(group.rows)))
+    judged = _ruled(group, safeguards.ruling, past)
     denied, reasons = _by_rules(judged)
     count = len(group.rows)
     answers = combined(safeguards.halts).answers
@@ -93,13 +93,14 @@ def judge(group: Group, safeguards: Safeguards, instead: str | None, past: Past 
     return replace(judged, constraint=emptied, denied=denied, instead=instead, reasons=reasons)
 
 
-def _ruled(group: Group, ruling: Ruling | None, past: Past) -> Judged:
+def _ruled(group: Group, ruling: Ruling | None, past: Past | None) -> Judged:
     """What the network says, and what rules and callers leave of it."""
     bundle, count = group.version.bundle, len(group.rows)
     wanted = _target(group)
     none: list[Any] = [None] * count
     if ruling is None:
-        return Judged(wanted, _constraint(group, (), ruling, joint=False), none, None, none)
+        return Judged(wanted, _allowed(group), none, None, none)
+    past = past or Past.unasked(count)
     bound = ruling.bind(bundle, bundle.version == group.plan.baseline)
     facts = Facts(
         states=group.states,
@@ -129,16 +130,28 @@ def _target(group: Group) -> Target | Gaussian:
     return target(outputs, bundle.head, bundle.temperature, bundle.action.nvec)
 
 
-def _constraint(
-    group: Group, said: Sequence[Pair], ruling: Ruling | None, *, joint: bool
-) -> Constraint | BoxConstraint:
-    space, count = group.version.bundle.action, len(group.rows)
-    on_empty: Instead = "fallback" if ruling is None else ruling.on_empty
+def _allowed(group: Group) -> Constraint | BoxConstraint:
+    """What callers leave, where there are no rules."""
+    space = group.version.bundle.action
     if isinstance(space, Box):
-        boxes = [cast(tuple[tuple[float, ...], tuple[float, ...]] | None, row.allowed) for row in group.rows]
-        return combine_box(said, request_box(boxes, space.size), space, count, on_empty=on_empty)
-    masks = [cast(tuple[int, ...] | None, row.allowed) for row in group.rows]
-    return combine(said, request_mask(masks, space.size), space, count, on_empty=on_empty, joint=joint)
+        return constrain_box(_boxes(group), space)
+    return constrain(_masks(group), space)
+
+
+def _constraint(group: Group, said: Sequence[Pair], ruling: Ruling, *, joint: bool) -> Constraint | BoxConstraint:
+    """What callers and rules leave."""
+    space, count, on_empty = group.version.bundle.action, len(group.rows), ruling.on_empty
+    if isinstance(space, Box):
+        return combine_box(said, request_box(_boxes(group), space.size), space, count, on_empty=on_empty)
+    return combine(said, request_mask(_masks(group), space.size), space, count, on_empty=on_empty, joint=joint)
+
+
+def _boxes(group: Group) -> list[tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    return [cast(tuple[tuple[float, ...], tuple[float, ...]] | None, row.allowed) for row in group.rows]
+
+
+def _masks(group: Group) -> list[tuple[int, ...] | None]:
+    return [cast(tuple[int, ...] | None, row.allowed) for row in group.rows]
 
 
 def _by_rules(judged: Judged) -> tuple[list[FallbackReason | None], list[str | None]]:

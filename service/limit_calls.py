@@ -6,8 +6,8 @@ Duty: carry what was executed (tells), rows that wait for room, and the leases o
 be; say within 20 ms what came of a row. It knows nothing of rules or actions.
 Strategy: one call in flight; what comes meanwhile goes with the next. A call that has not been answered in 20 ms is
 overdue: until it ends, rows are denied at once and nobody waits. Calls are numbered, so that one which arrives late
-reserves nothing; tells are numbered and sent again until answered, so that each is applied once. Before a row asks
-about a key, everything told about that key goes ahead of it.
+reserves nothing; tells are numbered and sent again until answered, so that each is applied once. A row that asks about
+a key waits, in its 20 ms, for the row before it under that key; what is told of that one goes ahead.
 Promise: nothing here blocks; every wait has a deadline; at most MAX_TELLS wait. When one is dropped that Redis cannot
 know of, Redis is told so, and denies until it would have left its window.
 """
@@ -24,9 +24,10 @@ import msgspec
 import structlog
 
 from policies.errors import StoreAway
-from safety.limits import Limit, LimitSet
+from safety.limits import LimitSet
 from safety.places import Ask, Places
 from service.clock import Clock
+from service.limit_requests import Asked, Request, Room, described, together
 from service.limit_tells import Tell, Tells, Used
 from service.redis_streams import RedisStreams, base
 
@@ -48,34 +49,6 @@ MAX_TELLS: Final = 50_000  # of some 300 bytes: 15 MB
 FAILED: Final = "failed"
 
 _encode = msgspec.msgpack.Encoder().encode
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Redis's answer for one row. rooms: of each keyed limit, then of each strict one."""
-
-    order: int
-    previous: str
-    rooms: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What came of a request. rooms: None: no answer in time. sent: Redis may have reserved all the same."""
-
-    rooms: list[Room] | None
-    sent: bool
-    sent_s: float
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    limits: LimitSet
-    rows: list[list[object]]
-    keys: list[str]
-    future: asyncio.Future[list[Room] | None]
-    sent_s: float = float("-inf")
-    sent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +79,7 @@ class _Call:
     """One call, as it was sent."""
 
     number: int
-    requests: list[_Request]
+    requests: list[Request]
     leases: list[_Lease]
     sent_s: float
     untold: bool
@@ -122,8 +95,9 @@ class LimitCalls:
         self.places: dict[str, Places] = {}
         self.limits = LimitSet()
         self._streams, self._base, self._holder, self._clock = streams, base(policy), holder, clock
-        self._requests: list[_Request] = []
+        self._requests: list[Request] = []
         self._tells = Tells(MAX_TELLS)
+        self._open: dict[str, tuple[str, float]] = {}  # by key: the row that is between answer and tell, until when
         self._sending: list[Tell | Used] = []  # with numbers from `_first` on
         self._first = 1
         self._number = 0
@@ -151,7 +125,7 @@ class LimitCalls:
     async def ask(self, limits: LimitSet, rows: list[list[object]], keys: list[str]) -> Asked:
         """Reserve for rows; keys: their digests. Gives an answer within `answer_s`, if only that there is none."""
         now_s = self._clock.monotonic_s()
-        request = _Request(limits, rows, keys, asyncio.get_running_loop().create_future())
+        request = Request(limits, rows, keys, asyncio.get_running_loop().create_future())
         if self._overdue(now_s) or now_s < self._retry_s or len(self._requests) >= MAX_ASKS:
             self._counts.denied += 1
             return Asked(None, False, now_s)
@@ -167,6 +141,8 @@ class LimitCalls:
     def tell_nowait(self, tells: Iterable[Tell]) -> None:
         """Queue what became of rows."""
         for tell in tells:
+            if self._open.get(tell.key, ("",))[0] == tell.name:
+                del self._open[tell.key]
             if not self._tells.put_nowait(tell):
                 # What Redis has reserved counts as executed by itself, in time; of the rest it knows nothing.
                 self._untold = self._untold or not tell.answered
@@ -203,7 +179,12 @@ class LimitCalls:
     def _due(self, now_s: float) -> bool:
         # Also without portions: a Redis that lost its memory learns it from those who knew it before.
         beats = self.places or self._leaving or self.limits.asks_redis
-        return bool(self._requests or self._tells or self._sending or (beats and now_s - self._leased_s >= RENEW_S))
+        beat = beats and now_s - self._leased_s >= RENEW_S
+        return bool(self._tells or self._sending or beat or any(self._ready(each, now_s) for each in self._requests))
+
+    def _ready(self, request: Request, now_s: float) -> bool:
+        """Whether no row before it is open under one of its keys."""
+        return not any(now_s < self._open[key][1] for key in request.keys if key in self._open)
 
     def _start(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -240,7 +221,7 @@ class LimitCalls:
         requests, self._requests = self._requests, []
         self._answer(requests, None)
 
-    def _answer(self, requests: Sequence[_Request], rooms: list[Room] | None) -> None:
+    def _answer(self, requests: Sequence[Request], rooms: list[Room] | None) -> None:
         start = 0
         for each in requests:
             end = start + len(each.rows)
@@ -252,8 +233,8 @@ class LimitCalls:
         now_s = self._clock.monotonic_s()
         self._number += 1
         waiting = [each for each in self._requests if not each.future.done()]
-        # Rows of one call go by one set of limits: the others wait for the next call.
-        requests = [each for each in waiting if each.limits is waiting[0].limits]
+        ready = [each for each in waiting if self._ready(each, now_s)]
+        requests = together(ready)
         self._requests = [each for each in waiting if each not in requests]
         limits = requests[0].limits if requests else self.limits
         for each in requests:
@@ -265,8 +246,8 @@ class LimitCalls:
         self._untold = False
         whole = [*limits.strict, *(each.places.limit for each in leases)]
         body = [
-            [_described(each) for each in limits.keyed],
-            [_described(each) for each in whole],
+            [described(each) for each in limits.keyed],
+            [described(each) for each in whole],
             len(limits.strict),
             [each.wire(now_s) for each in self._sending],
             [row for each in requests for row in each.rows],
@@ -284,6 +265,7 @@ class LimitCalls:
         if now_s - self._leased_s < RENEW_S:
             return []
         self._leased_s = now_s
+        self._open = {key: each for key, each in self._open.items() if now_s < each[1]}
         leases = []
         for places, closing in [(each, self._closing) for each in self.places.values()] + [
             (each, True) for each in self._leaving
@@ -300,12 +282,14 @@ class LimitCalls:
             return
         self._token = reply[0].decode()
         self._first += len(self._sending)
+        self._sending = []
         self._retry_s = float("-inf")
         self._answer(call.requests, [Room(int(row[0]), row[1].decode(), row[2:]) for row in reply[1]])
+        for request in call.requests:
+            if not request.future.cancelled():
+                names = [str(row[0]) for row in request.rows]
+                held = zip(names, request.keys, strict=True)
+                self._open |= {key: (name, call.sent_s + HOLD_S) for name, key in held if key}
         for lease, (total, share) in zip(call.leases, reply[2], strict=True):
             lease.places.granted(lease.ask, total, None if share < 0 else share, call.sent_s, LEASE_S)
         self._leaving = [each for each in self._leaving if each.reserved or each.held]
-
-
-def _described(limit: Limit) -> list[object]:
-    return [limit.field, limit.window_ms, limit.cap, [number for level in limit.levels for number in level]]

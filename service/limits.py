@@ -25,7 +25,8 @@ from safety.local import NO_ROOM, LocalLimits, LocalRoom
 from safety.past import UNKNOWN
 from service.clock import Clock
 from service.decision import action_text, read_action
-from service.limit_calls import HOLD_S, Asked, CallStatistics, LimitCalls, Room
+from service.limit_calls import HOLD_S, CallStatistics, LimitCalls
+from service.limit_requests import Asked, Room
 from service.limit_tells import Tell, charges_of
 from service.redis_streams import RedisStreams
 
@@ -117,7 +118,7 @@ class Limits:
         must be settled, whatever follows; one that is not counts as executed, at its worst.
         """
         limits = self._limits
-        held = [self._name(row) for row in rows]
+        held = [self._name(limits, row) for row in rows]
         entries = {each.name: each.entries([row.fallback for row in rows], possible) for each in limits.all}
         asked = Asked(None, False, self._clock.monotonic_s())
         if limits.asks_redis:
@@ -130,9 +131,7 @@ class Limits:
         for index, (row, each, answer) in enumerate(zip(rows, held, answers, strict=True)):
             own = {name: column[index] for name, column in entries.items()}
             found = dict(zip([limit.name for limit in limits.keyed + limits.strict], answer.rooms, strict=True))
-            for limit in limits.leased:
-                places = self.calls.places.get(limit.field)  # none: the rules were changed meanwhile
-                found[limit.name] = places.reserve(each.name, own[limit.name], now_s, until_s) if places else NO_ROOM
+            until_s = min(until_s, self._lease(limits, each, own, found, now_s))
             here.append(self._local.reserve(limits, each.name, row.key, own, _ms(now_s)))
             for name, room in {**found, **here[-1].rooms}.items():
                 rooms[name].append(room)
@@ -172,9 +171,22 @@ class Limits:
         portions = {each.limit.name: each.held for each in self.calls.places.values()}
         return LimitStatistics(self.calls.statistics(), portions, len(self._local))
 
-    def _name(self, row: LimitRow) -> _Held:
+    def _lease(
+        self, limits: LimitSet, held: _Held, entries: Mapping[str, Entry], found: dict[str, int], now_s: float
+    ) -> float:
+        """Reserve for a row from the portions, add the room there was to `found`, and say until when that holds."""
+        until_s = now_s + HOLD_S
+        for limit in limits.leased:
+            places = self.calls.places.get(limit.field)  # none: the rules were changed meanwhile
+            found[limit.name] = places.reserve(held.name, entries[limit.name], now_s, until_s) if places else NO_ROOM
+            if places and found[limit.name] > 0:  # what is drawn after the lease has ended is not covered
+                until_s = min(until_s, places.until_s)
+        return until_s
+
+    def _name(self, limits: LimitSet, row: LimitRow) -> _Held:
         self._rows += 1
-        digest = "" if row.key is None else blake2b(row.key.encode(), digest_size=12).hexdigest()
+        asks = limits.keyed or limits.remembers == "shared"
+        digest = blake2b(row.key.encode(), digest_size=12).hexdigest() if asks and row.key is not None else ""
         return _Held(f"{self._holder}:{self._rows}", digest)
 
 

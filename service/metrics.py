@@ -97,6 +97,12 @@ class Metrics:
         self.budget_left = self._gauge("exploration_left", "What this worker's lease still holds.", "policy", "budget")
         self.lease_held = self._gauge("exploration_lease", "Whether this worker may explore (1) or not (0).", "policy")
         self.lease_failures = self._gauge("exploration_lease_failures", "Renewals of leases that Redis did not answer.")
+        self.exploration_halted = self._gauge(
+            "exploration_halted", "Whether bad outcomes have halted exploration (1) or not (0).", "policy"
+        )
+        self.explored_outcomes = self._counter(
+            "explored_outcomes", "Outcomes of explored decisions that were read here.", "policy", "outcome"
+        )
         self.limit_denials = self._gauge(
             "limit_denials", "Rows denied because Redis did not say what is left.", "policy"
         )
@@ -119,6 +125,21 @@ class Metrics:
             "state",
         )
         self.pending = self._gauge("pending_decisions", "Decisions that wait for a reward or a successor.", "policy")
+        self.calibration_alarm = self._gauge(
+            "calibration_alarm", "Whether recorded probabilities were found wrong (1) or not (0).", "policy"
+        )
+        self.calibration_evidence = self._gauge(
+            "calibration_evidence", "Largest evidence against them, as a share of what raises the alarm.", "policy"
+        )
+        self.calibration_unknown = self._counter(
+            "calibration_unknown", "Decisions that were not judged: their propensity is null.", "policy"
+        )
+        self.calibration_broken = self._counter(
+            "calibration_broken", "Decisions whose record contradicts itself.", "policy"
+        )
+        self.calibration_skipped = self._counter(
+            "calibration_skipped", "Decisions that were not judged: there was no time.", "policy"
+        )
         self.unshipped = self._gauge("ledger_unshipped_events", "Events recorded here and not yet in Redis.")
         self.oldest = self._gauge("ledger_oldest_seconds", "Age of the oldest event not yet in Redis.")
         self.ledger_bytes = self._gauge("ledger_bytes", "Bytes of events held in memory.")

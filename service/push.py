@@ -74,6 +74,18 @@ def delete(policy: str, version: str, url: str | None = None, token: str | None 
     return {"policy": policy, "version": version, "deleted": True}
 
 
+def rehearse(policy: str, source: bytes, last: int, url: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """Try a safety.yaml on a policy's recent decisions. Gives what it would have changed.
+
+    Raises Refusal, which names field, line and column of each fault.
+    """
+    options: dict[str, Any] = {"params": {"last": last}, "headers": {"Content-Type": "application/yaml"}}
+    found: dict[str, Any] = _call(
+        "POST", f"/admin/policies/{policy}/safety/test", url, token, content=source, **options
+    ).json()
+    return found
+
+
 def address() -> str:
     """Where a service with this environment's settings listens."""
     host = os.environ.get("SUREFOOT_HOST") or "127.0.0.1"

@@ -13,7 +13,9 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:policies                                      names of policies that were pushed or deployed at run time
     sf:{policy}:versions  blob:<sha256>:<n>          what `redis_store.py` keeps: versions by label, files in pieces
     sf:{policy}:control  gone:<label>                what `control.py` keeps: the deployment; labels being deleted
+    sf:{policy}:calibration                          what `calibration.py` keeps: the monitor's sums, its alarms
     sf:{policy}:explore  explore:<kind>:<window>  burn    what `leases.py` keeps: exploration's budget, lent in portions
+    sf:{policy}:lim:k:<digest>  all  h:<holder>  memory    what `limit_calls.py` keeps: limits on executions
 
 Strategy: redis-py's async client retries ten times by default and would repeat a script whose reply was lost; here it
 never retries, times out soon, and the shipper decides.
@@ -206,7 +208,7 @@ class RedisStreams:
         return await self._answer(self._command(*command))
 
     async def script(self, source: bytes, key: str, *arguments: Any) -> Any:
-        """Run a script for `leases.py`, by its digest if the server knows it. Raises StoreAway."""
+        """Run another file's script, by its digest if the server knows it. Raises StoreAway."""
         try:
             return await self._answer(self._command("EVALSHA", _sha(source), 1, key, *arguments))
         except NoScriptError:

@@ -23,6 +23,8 @@ from policies.errors import NotReady, StoreAway
 from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
 from safety.breaker import Faults, Latency
+from service.burning import Burning
+from service.calibration import Calibrations
 from service.catalog import Catalog
 from service.changes import Changes
 from service.clock import SystemClock
@@ -39,6 +41,7 @@ from service.loading import Loading
 from service.metrics import Metrics
 from service.redis_store import RedisStore
 from service.redis_streams import JoinConfig, RedisStreams, StoreFacts, connect
+from service.rehearsal import Rehearsal
 from service.rewards import Rewards
 from service.serving import Serving
 from service.settings import Settings
@@ -69,6 +72,9 @@ class Runtime:
     changes: Changes
     leases: Leases
     guarding: Guarding
+    rehearsal: Rehearsal
+    calibrations: Calibrations
+    burning: Burning
     draining: bool = False
     store: StoreFacts | None = None
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
@@ -135,7 +141,10 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             min_free_bytes=settings.spool_min_free_bytes,
         )
         stack.push_async_callback(ledger.aclose)
+        calibrations = Calibrations(streams, clock, metrics)
+        stack.push_async_callback(calibrations.aclose)
         shipper = Shipper(ledger, streams, clock)
+        shipper.on_shipped = calibrations.offer
         stack.push_async_callback(shipper.drain, settings.grace_s)
         tracing = Tracing.from_environment(settings.trace_sample)
         stack.callback(tracing.close)
@@ -178,6 +187,9 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             changes,
             leases,
             guarding,
+            Rehearsal(streams, clock),
+            calibrations,
+            Burning(streams, leases, metrics),
         )
         async with _loops(runtime):
             await runtime.refresh_store()
@@ -250,6 +262,8 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("catalog", runtime.catalog.run),
             ("leases", runtime.leases.run),
             ("limits", runtime.guarding.run),
+            ("calibration", lambda: runtime.calibrations.run(runtime.policies)),
+            ("burning", lambda: runtime.burning.run(runtime.guarding.burn_limits)),
         )
     ]
     try:

@@ -75,6 +75,8 @@ class Shipper:
         self._attempts = 0
         self._away_since_s: float | None = None
         self._calls = self._gaps = self._failures = 0
+        # Told of rows once Redis has them; of the same ones again when Redis has lost them and they were shipped again.
+        self.on_shipped: Callable[[Lane, list[Row]], None] = lambda lane, rows: None
         ledger.on_commit = self._on_commit
 
     # For the rest of the service
@@ -257,6 +259,7 @@ class Shipper:
         lane.said_bye = bye
         lane.waiting_since_s = None if lane.next_seq >= lane.end else self._clock.monotonic_s()
         if rows:
+            self.on_shipped(lane, rows)
             lane.rejects_in_a_row = 0
             if lane.row_limit is not None:
                 lane.row_limit = lane.row_limit * 2 if lane.row_limit < MAX_EVENTS else None

@@ -206,7 +206,7 @@ def test_a_bug_in_the_pipeline_is_answered_with_the_fallback(monkeypatch: pytest
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("service.judge.combine", broken)
+    monkeypatch.setattr("service.judge.constrain", broken)
     unsafe = version(METRICS, "v1", IDENTITY, fallback="none")
 
     async def work() -> None:
@@ -225,12 +225,12 @@ def test_a_bug_in_the_pipeline_is_answered_with_the_fallback(monkeypatch: pytest
 def test_an_action_that_fails_the_last_look_is_replaced_and_its_probability_not_claimed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def mistaken(said: Any, request: Any, space: Any, count: int, **_: Any) -> Any:
+    def mistaken(allowed: Any, space: Any) -> Any:
         from safety.types import Constraint
 
-        return Constraint(np.ones((count, space.size), dtype=np.bool_), space.nvec)  # forgets the request's mask
+        return Constraint(np.ones((len(allowed), space.size), dtype=np.bool_), space.nvec)  # forgets the request's mask
 
-    monkeypatch.setattr("service.judge.combine", mistaken)
+    monkeypatch.setattr("service.judge.constrain", mistaken)
 
     async def work() -> None:
         with decider(plan({"v1": V1})) as (pipeline, ledger, _):

@@ -129,13 +129,13 @@ def test_without_a_fallback_a_point_that_cannot_be_had_is_refused() -> None:
 
 
 def test_a_point_that_fails_the_last_look_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mistaken(said: Any, request: Any, space: Any, count: int, **_: Any) -> Any:
+    def mistaken(allowed: Any, space: Any) -> Any:
         from safety.types import BoxConstraint
 
-        low, high = (np.broadcast_to(end, (count, space.size)) for end in space.bounds)
+        low, high = (np.broadcast_to(end, (len(allowed), space.size)) for end in space.bounds)
         return BoxConstraint(low, high)
 
-    monkeypatch.setattr("service.judge.combine_box", mistaken)
+    monkeypatch.setattr("service.judge.constrain_box", mistaken)
 
     async def work() -> None:
         with decider(plan({"v1": points("action", exploration={"epsilon": 0.0})})) as (pipeline, _, _):
