@@ -57,11 +57,12 @@ class Cap(Struct, frozen=True, array_like=True):
 class Exploration(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
     """How much a policy explores, and what that may cost.
 
-    epsilon, temperature, sigma: in place of the version's own; None: the version's own. rate, share, regret: caps, of
-    which every one holds. burn: when exploration halts by itself. freeze: nothing is explored; when_frozen: whether
-    heads that are stochastic by themselves go on sampling, or answer with their mode. start: a budget begins with the
-    next window after it was set, or after Redis lost its memory, because nobody knows any more what was spent in the
-    running one; `now` begins at once, at the price of up to one cap more in such a window.
+    epsilon, sigma: in place of the version's own; None: the version's own. temperature: exploring draws choices from
+    softmax(q/T); None: uniformly. rate, share, regret: caps, of which every one holds. burn: when exploration halts by
+    itself. freeze: nothing is explored; when_frozen: whether heads that are stochastic by themselves go on sampling, or
+    answer with their mode. start: a budget begins with the next window after it was set, or after Redis lost its
+    memory, because nobody knows any more what was spent in the running one; `now` begins at once, at the price of up to
+    one cap more in such a window.
     """
 
     epsilon: Schedule | float | None = None

@@ -112,8 +112,10 @@ class Holder:
         self.due_s = float("-inf")  # when to ask next: at once
         self.lapses = 0
         self._wanting, self._all = Meter(0.0), Meter(0.0)
-        self.configure(exploration, generation)
+        self._exploration = exploration
+        self._returns = False  # portions go back with the next request
         self._portions: dict[Kind, Portion] = {}
+        self.configure(exploration, generation)
         self._seq = 0
         self._sent_s = self._until_s = float("-inf")
         self._busy_s: float | None = None  # when a decision last wanted to explore, at first when asking began
@@ -169,7 +171,12 @@ class Holder:
     # Talking to the bank
 
     def configure(self, exploration: Exploration, generation: int) -> None:
-        """Go by another document from the next request on; a freeze holds at once."""
+        """Go by another document from the next request on; a freeze holds at once. Where caps change, portions of the
+        old ones go back first, so that a lowered cap is not passed by what was leased under it.
+        """
+        if exploration.caps != self._exploration.caps:
+            self._returns = True
+            self._give_back()
         self._exploration, self._generation = exploration, generation
         windows = [cap.window_ms for cap in exploration.caps]
         self._wanting.memory_s = self._all.memory_s = memory_s(windows)
@@ -245,6 +252,9 @@ class Holder:
             each.granted = replace(each.granted, ceiling=min(each.granted.ceiling, each.used))
 
     def _request(self, now_s: float) -> Request:
+        if self._returns:  # again: an answer to an earlier request may have come meanwhile
+            self._give_back()
+            self._returns = False
         self._seq += 1
         self._sent_s, self._reporting = now_s, self._news
         limit: BurnLimit | None = self._exploration.burn

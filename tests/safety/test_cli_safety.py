@@ -7,16 +7,19 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from policies.errors import BundleError
+from policies.errors import BundleError, SurefootError
 from policies.store import BUNDLED
 from safety.document import read_rules
 from safety.schema import json_schema
 from service.cli import app
+from tests.service.admins import TOKEN, Admin, serving
+from tests.waiting import until
 
 CARTPOLE = BUNDLED / "cartpole" / "v1"
 GOOD = """\
@@ -132,3 +135,76 @@ def test_the_schema_is_printed_for_editors() -> None:
     assert done.exit_code == 0
     assert json.loads(done.stdout) == json_schema()
     assert done.stdout == (Path(__file__).parents[2] / "docs" / "safety.schema.json").read_text()
+
+
+# Against a running service
+
+FAR_LEFT = GOOD.replace("> 2.0", "< -2.0")  # where the network goes right
+
+
+@pytest.fixture(scope="module")
+def admin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Admin]:
+    with serving(tmp_path_factory.mktemp("cli-safety")) as mine:
+        yield mine
+
+
+@pytest.fixture
+def decided(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> Admin:
+    """A service whose policy `cartpole` has made three decisions, and an environment that says where it is."""
+    monkeypatch.setenv("SUREFOOT_PORT", str(admin.server.port))
+    monkeypatch.setenv("SUREFOOT_ADMIN_TOKEN", TOKEN)
+    for position in (0.0, -2.1, -2.3) if not looked_at(admin) else ():
+        admin.act("cartpole", state=[position, 0.0, 0.0, 0.0], explore=False)
+    until(lambda: looked_at(admin) == 3, "the decisions")
+    return admin
+
+
+def looked_at(admin: Admin) -> int:
+    found: int = admin.http.post("/admin/policies/cartpole/safety/test").json()["looked_at"]["decisions"]
+    return found
+
+
+def test_rules_are_tried_on_recent_decisions(decided: Admin, file: Path) -> None:
+    file.write_text(FAR_LEFT)
+    done = safety("test", file, "--policy", "cartpole")
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("cartpole: 3 decisions of 0 keys, ")
+    assert lines[1] == f"in force: no rules; tested: {read_rules(FAR_LEFT.encode()).digest[:12]}"
+    assert "executed action forbidden          0       2      2          0" in lines
+    assert "far-out: no reason given" in lines
+
+
+def test_machines_get_the_whole_report(decided: Admin, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(FAR_LEFT)
+    monkeypatch.delenv("SUREFOOT_ADMIN_TOKEN")
+    here = ("--url", decided.server.url, "--token", TOKEN)
+    done = safety("test", file, "--policy", "cartpole", "--last", 2, "--json", *here)
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert found["looked_at"]["decisions"] == 2
+    assert [(each["name"], each["tested"]["forbids"]) for each in found["rules"]] == [("far-out", 2), ("seen", 0)]
+    assert len(found["rules"][0]["tested"]["examples"]) == 2
+
+
+def test_an_empty_file_is_no_rules(decided: Admin, file: Path) -> None:
+    file.write_text("")
+    done = safety("test", file, "--policy", "cartpole")
+    assert (done.exit_code, "tested: no rules" in done.stdout) == (0, True)
+
+
+def test_a_service_refuses_a_file_as_the_check_does(decided: Admin, file: Path) -> None:
+    for wrong, bundle in ((BAD, ()), (MISFIT, ("--policy-bundle", CARTPOLE))):
+        file.write_text(wrong)
+        checked, tested = safety("check", file, *bundle), safety("test", file, "--policy", "cartpole")
+        assert (tested.exit_code, tested.stdout) == (1, "")
+        assert tested.stderr == checked.stderr
+
+
+def test_what_is_not_the_files_fault_is_said_as_elsewhere(decided: Admin, file: Path) -> None:
+    file.write_text(GOOD)
+    for arguments, detail in ((("--policy", "nowhere"), "unknown_policy"), (("--token", "wrong"), "give --token")):
+        done = safety("test", file, *(("--policy", "cartpole") if "--token" in arguments else ()), *arguments)
+        assert isinstance(done.exception, SurefootError)
+        assert detail in done.exception.detail
+    assert safety("test", file, "--policy", "cartpole", "--last", 0).exit_code == 2

@@ -235,6 +235,20 @@ def test_an_idle_holder_gives_its_portion_back() -> None:
     assert (request.purses["rate"].ceiling, request.rate) == (1, 0.0)
 
 
+def test_what_was_leased_under_caps_that_change_goes_back() -> None:
+    mine = leased(rate(10))
+    assert explore(mine, 0.1, rows=3) == 3
+    mine.configure(parse_exploration(CAPS | {"epsilon": 0.5}), 2)
+    assert mine.standing(0.2).left.rate == 7  # the caps are the same
+    under_way = mine.ask(0.3)
+    mine.configure(parse_exploration(CAPS | {"rate": {"limit": 1, "window_s": 60}}), 3)
+    assert mine.standing(0.3).left.rate == 0
+    mine.granted(reply(rate(10)))  # to the request that was under way
+    asked = mine.ask(0.4)
+    assert (under_way.purses["rate"].ceiling, asked.purses["rate"].ceiling, asked.purses["rate"].used) == (10, 3, 3)
+    assert mine.standing(0.4).left.rate == 0
+
+
 def test_a_release_gives_everything_back_and_ends_it() -> None:
     mine = leased(rate(5))
     explore(mine, 0.1, rows=2)

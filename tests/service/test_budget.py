@@ -187,7 +187,7 @@ def test_replicas_share_a_budget_and_stop_without_redis(tmp_path: Path, policy: 
     with serving(tmp_path / "one", redis_url=url) as one, serving(tmp_path / "two", redis_url=url) as two:
         one.pushed(policy, "v1", prefers=1)
         explore(one, policy, epsilon=1.0, rate={"limit": 40, "window_s": 86_400}, start="now")
-        until(lambda: two.http.get(f"/admin/policies/{policy}/exploration").json() != {}, "the other replica")
+        until(lambda: follows(two, policy), "the other replica")
         for admin in (one, two):
             until(lambda admin=admin: admin.act(policy)["exploration"]["epsilon"] > 0.0, "a lease")  # type: ignore[misc]
         explored = 2 + sum(batch(admin, policy, 200) for _ in range(3) for admin in (one, two))
@@ -197,6 +197,13 @@ def test_replicas_share_a_budget_and_stop_without_redis(tmp_path: Path, policy: 
         assert batch(one, policy, 50) == batch(two, policy, 50) == 0
         shared.start()
         assert explored <= 40 + 2
+
+
+def follows(replica: Admin, policy: str) -> bool:
+    """Whether a replica serves a policy, with a budget."""
+    seen = replica.http.get(f"/admin/policies/{policy}")
+    served = seen.status_code == 200 and seen.json()["champion"] is not None
+    return served and replica.http.get(f"/admin/policies/{policy}/exploration").json() != {}
 
 
 def batch(admin: Admin, policy: str, rows: int) -> int:

@@ -59,6 +59,20 @@ def document(**fields: Any) -> Exploration:
     return parse_exploration(MONTH | fields)
 
 
+def test_a_server_that_has_forgotten_the_script_is_given_it_again(
+    valkey_url: str, store: redis.Redis, policy: str
+) -> None:
+    async def scenario(leases: Leases, clock: ManualClock) -> None:
+        leases.open(policy, document(), 1)
+        for _ in range(2):
+            store.script_flush()
+            clock.advance(700)
+            assert await leases.run_once() == 1
+        assert leases.statistics().failures == 0
+
+    with_leases(valkey_url, scenario)
+
+
 # Redis away
 
 

@@ -14,9 +14,10 @@ import redis
 from policies.errors import StoreAway
 from safety.limits import Entry, LimitSet
 from safety.past import Past
+from safety.places import MARGIN_S
 from safety.rules import Cooldown, MaxStep, Rate
 from service.clock import SystemClock
-from service.limit_calls import HOLD_S, LEASE_S, RENEW_S
+from service.limit_calls import CHUNK, HOLD_S, LEASE_S, RENEW_S
 from service.limit_tells import Tell, charges_of
 from service.limits import LimitRow, Limits
 from service.redis_streams import RedisStreams, connect
@@ -69,6 +70,8 @@ async def work(world: World, holder: Holder, keys: list[str | None]) -> None:
 async def chaos(world: World, steps: int, keys: list[str | None], faults: bool = True) -> None:
     """Let replicas do anything in any order."""
     roll = world.random
+    for holder in world.holders:
+        holder.limits.calls.answer_s = 0.05  # a row waits for the one before it under its key, perhaps in vain
     for _ in range(steps):
         holder, deed = roll.choice(world.holders), roll.random()
         if deed < 0.75:
@@ -89,6 +92,7 @@ async def recover(world: World) -> set[float]:
     """Heal every link, let all that is past pass, and give the choices that are executed then."""
     for holder in world.holders:
         holder.proxy.switch("pass")
+        holder.limits.calls.answer_s = 2.0
     await renew(world, 26)
     return {action for holder in world.holders for action in await world.act(holder, [row("a")], [1, 2, 3])}
 
@@ -139,7 +143,7 @@ def test_the_script_and_the_machine_in_memory_are_one(valkey_url: str, policy: s
                     for each, room, entry in zip(limits.keyed, rooms, entries, strict=True)
                 }
                 order = past.hold(f"r{step}", now_ms + int(1000 * HOLD_S), {f: n for f, n in worst.items() if n}, True)
-                asked = await calls.ask(limits, [[f"r{step}", "k", wire, []]], ["k"])
+                asked = await calls.ask(limits, [[f"r{step}", "k", wire, []]], [""])
                 assert asked.rooms is not None
                 assert [asked.rooms[0].previous, *asked.rooms[0].rooms] == [*expected, *rooms], step
                 assert asked.rooms[0].order == order
@@ -186,6 +190,35 @@ def test_a_key_s_last_action_is_what_any_replica_executed(valkey_url: str, polic
         assert again.reserved.previous == [(3,)]
 
     with_world(valkey_url, policy, bound(STEP), scenario)
+
+
+def test_a_row_waits_for_the_one_before_it_under_its_key(valkey_url: str, policy: str) -> None:
+    async def scenario(world: World) -> None:
+        (one,) = world.holders
+
+        async def act(key: str, choice: int) -> tuple[float, ...] | None:
+            reserved = await one.limits.reserve([row(key), row(None)])
+            assert reserved.past[0]
+            one.limits.settle(reserved.token, [(choice,), (0,)])
+            return reserved.previous[0]
+
+        found = await asyncio.gather(*(act("ab"[n % 2], n // 2) for n in range(8)))
+        assert found == [None, None, (0,), (0,), (1,), (1,), (2,), (2,)]
+
+    with_world(valkey_url, policy, bound(*rules(), STEP), scenario, holders=1)
+
+
+def test_rows_of_other_keys_do_not_wait_along(valkey_url: str, policy: str) -> None:
+    async def scenario(world: World) -> None:
+        (one,) = world.holders
+        first = await world.reserve(one, [row("a")])
+        second = asyncio.create_task(world.reserve(one, [row("a")]))
+        assert await world.act(one, [row("b")], [2]) == [2]
+        assert not second.done()
+        world.settle(one, first, [3])
+        assert (await second).reserved.previous == [(3,)]
+
+    with_world(valkey_url, policy, bound(STEP), scenario, holders=1)
 
 
 def test_a_batch_takes_one_call(valkey_url: str, policy: str) -> None:
@@ -464,9 +497,13 @@ def test_without_redis_a_portion_ends_within_two_seconds_and_comes_back(valkey_u
     async def scenario(world: World) -> None:
         (one,) = world.holders
         one.proxy.switch("cut")
-        world.tick(int(1000 * LEASE_S) - 1)
-        assert await world.act(one, [row(None)], [1]) == [1]  # what was leased is good for its term
-        world.tick(1)
+        world.tick(int(1000 * (LEASE_S - MARGIN_S)) - 1)
+        late = await world.reserve(one, [row(None)])
+        assert late.reserved.verdicts[0].allowed[0, 1]  # what was leased is good for its term
+        assert late.reserved.holds(world.clock.monotonic_s())
+        world.tick(int(1000 * MARGIN_S) + 1)
+        assert not late.reserved.holds(world.clock.monotonic_s())
+        world.settle(one, late)
         assert await world.act(one, [row(None)], [1]) == [0]
         await one.limits.run_once()
         assert one.limits.statistics().calls.away
@@ -549,6 +586,42 @@ def test_a_long_outage_leaves_one_message_for_each_key(valkey_url: str, policy: 
         await world.quiet()
         batch = await world.reserve(two, [row(), row("b")])
         assert batch.reserved.previous == [(2,), (2,)]
+
+    with_world(valkey_url, policy, bound(STEP), scenario)
+
+
+def test_before_a_row_asks_what_was_told_of_its_key_goes_ahead(valkey_url: str, policy: str) -> None:
+    async def scenario(world: World) -> None:
+        (one,) = world.holders
+        one.proxy.switch("cut")
+        for n in range(3 * CHUNK):
+            await world.act(one, [row(f"k{n}")], [2])
+        one.proxy.switch("pass")
+        world.tick(1_000)
+        last = f"k{3 * CHUNK - 1}"
+        batch = await world.reserve(one, [row(last)])
+        assert batch.reserved.previous == [(2,)]
+        world.settle(one, batch, [3])
+        world.tick(1)
+        await world.quiet()
+        assert (await world.reserve(one, [row(last)])).reserved.previous == [(3,)]
+
+    with_world(valkey_url, policy, bound(STEP), scenario, holders=1)
+
+
+def test_a_late_word_on_what_was_executed_is_not_taken_for_the_last(valkey_url: str, policy: str) -> None:
+    async def scenario(world: World) -> None:
+        one, two = world.holders
+        one.proxy.switch("cut")
+        await world.act(one, [row()], [1])
+        world.tick(100)
+        await world.act(two, [row()], [3])
+        await two.limits.run_once()
+        one.proxy.switch("pass")
+        world.tick(100)
+        await one.limits.run_once()
+        batch = await world.reserve(two, [row()])
+        assert not batch.reserved.past[0]  # which of the two came last, nobody knows
 
     with_world(valkey_url, policy, bound(STEP), scenario)
 

@@ -237,6 +237,7 @@ def every_call(policy: str) -> dict[str, Callable[[RedisStreams], Awaitable[Any]
         "read_decision": lambda streams: streams.read_decision(policy, "a"),
         "probe": lambda streams: streams.probe(),
         "command": lambda streams: streams.command("HGETALL", base(policy)),
+        "script": lambda streams: streams.script(b"return 1", base(policy)),
         "keyring": lambda streams: streams.keyring("k"),
         "idempotent_begin": lambda streams: streams.idempotent_begin(policy, "k", "d"),
         "idempotent_finish": lambda streams: streams.idempotent_finish(policy, "k", "d", b"r", 1.0),
