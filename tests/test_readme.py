@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 
-from tests.conftest import Server
+from tests.conftest import Server, new_server
+from tests.policies.networks import linear
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,6 +50,38 @@ def test_the_curl_commands_give_what_the_readme_shows(server: Server) -> None:
     assert json.loads(shell(reward, server))["status"] in {"joined", "early"}
     (asked,) = re.findall(rf"`(curl -s [^`]*/v1/decisions/){SHORTENED}`", README)
     assert json.loads(shell(asked + answer["decision_id"], server))["join"]["end"] == "terminated"
+
+
+def test_a_plain_file_is_checked_pushed_and_served(tmp_path: Path) -> None:
+    server = new_server(tmp_path)  # of its own: others expect one policy
+    server.start()
+    try:
+        follow(server, tmp_path)
+    finally:
+        assert server.stop() == 0, server.log
+
+
+def follow(server: Server, tmp_path: Path) -> None:
+    (token,) = re.findall(r"admin token for this run: (\S+)", server.log)
+    save_index_of_best(tmp_path / "model.onnx")
+    block = command(".venv/bin/surefoot policy check").replace("model.onnx", str(tmp_path / "model.onnx"))
+    check, push, ask = block.replace("TOKEN", token).splitlines()
+    assert "accepted" in shell(check, server)
+    pushed = json.loads(shell(push, server))
+    assert {name: pushed[name] for name in ("policy", "role", "loaded", "new")} == {
+        "policy": "pole", "role": "champion", "loaded": True, "new": True,
+    }  # fmt: skip
+    assert json.loads(shell(ask, server))["action_name"] == "right"  # as the network says
+    assert "action       discrete [2]" in shell(f".venv/bin/surefoot policy inspect {tmp_path / 'model.onnx'}", server)
+
+
+def save_index_of_best(path: Path) -> None:
+    """Save what an export by Stable-Baselines3's recipe looks like: one state in, the index of the best action out."""
+    proto = linear([[0, 1], [0, 1], [0, 1], [0, 1]], batch=1)
+    del proto.graph.output[:]
+    proto.graph.node.append(helper.make_node("ArgMax", ["q_values"], ["best"], axis=1, keepdims=0))
+    proto.graph.output.append(helper.make_tensor_value_info("best", TensorProto.INT64, [1]))
+    path.write_bytes(proto.SerializeToString())
 
 
 def test_the_transitions_command_and_the_python_snippet_read_what_was_decided(
@@ -90,4 +124,4 @@ def test_the_subcommands_that_the_documents_name_exist() -> None:
         ):
             group, _, name = named.partition(" ")
             found = tree.commands[group]  # type: ignore[attr-defined]
-            assert not hasattr(found, "commands") or name in found.commands, f"{page.name} names {named!r}"
+            assert not name or not hasattr(found, "commands") or name in found.commands, f"{page.name} names {named!r}"
