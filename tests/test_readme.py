@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from onnx import TensorProto, helper
 
@@ -73,6 +74,26 @@ def follow(server: Server, tmp_path: Path) -> None:
     }  # fmt: skip
     assert json.loads(shell(ask, server))["action_name"] == "right"  # as the network says
     assert "action       discrete [2]" in shell(f".venv/bin/surefoot policy inspect {tmp_path / 'model.onnx'}", server)
+
+
+def test_rules_budget_and_kill_switch_are_put_in_force(tmp_path: Path) -> None:
+    server = new_server(tmp_path)
+    server.start()
+    try:
+        (token,) = re.findall(r"admin token for this run: (\S+)", server.log)
+        (tmp_path / "safety.yaml").write_text(blocks("yaml")[0])
+        shell(command("curl -s http://127.0.0.1:8080/v1/act"), server)
+        block = command(".venv/bin/surefoot safety check").replace("TOKEN", token)
+        check, test, *puts = block.replace("safety.yaml", str(tmp_path / "safety.yaml")).splitlines()
+        shell(check, server)
+        assert "not-off-the-track" in shell(test, server)
+        answers = [json.loads(shell(put, server)) for put in puts]
+        assert (answers[0]["generation"], answers[1]["epsilon"], answers[2]["on"]) == (2, 0.1, ["freeze_exploration"])
+        at_the_end = {"state": [2.5, 0.0, 0.0, 0.0]}
+        answer = httpx.post(f"{server.url}/v1/act", json=at_the_end).json()
+        assert (answer["action_name"], answer["exploration"]["epsilon"]) == ("left", 0.0)
+    finally:
+        assert server.stop() == 0, server.log
 
 
 def save_index_of_best(path: Path) -> None:
