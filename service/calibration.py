@@ -115,6 +115,10 @@ class Calibrations:
             else:
                 self._metrics.calibration_skipped.labels(lane.policy).inc(row.count)
 
+    def waiting(self, policy: str) -> int:
+        """How many decisions have been shipped and not judged."""
+        return self._watch(policy).events
+
     async def run(self, policies: Collection[str]) -> None:
         """Judge for ever. policies: those served here, whoever decides: what other replicas find is told here, too."""
         while True:

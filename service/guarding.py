@@ -18,6 +18,7 @@ from safety.burn import BurnLimit
 from safety.document import read_rules
 from safety.exploration import MICRO
 from safety.halt import KillSwitch
+from safety.limits import LimitSet
 from service.allowance import Allowance
 from service.clock import Clock
 from service.leases import Leases
@@ -98,6 +99,8 @@ class Guarding:
         side = self._sides.get(policy, SafetySide())
         found = Safeguards(side.halts, side.tripped, allowance=self._allowances.get(policy))
         plan = self._plans.get(policy)
+        if not side.safety and policy in self._limits:
+            self._limits[policy].configure(LimitSet())  # what is leased goes back
         if not side.safety or plan is None:
             return found
         try:

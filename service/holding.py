@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
+from policies.types import Bools, Choices
+from safety.mask import request_mask
 from service.judge import Past
 from service.limits import LimitRow, Limits, Reserved
 from service.plan import Group, Safeguards
@@ -68,5 +71,14 @@ async def reserve(groups: list[Group], safeguards: Safeguards) -> Held | None:
     found = [(index, group.rows[i].key, group) for group in groups for i, index in enumerate(group.index)]
     order = sorted(found, key=lambda each: each[0])
     rows = [LimitRow(key, group.version.bundle.fallback) for _, key, group in order]
-    reserved = await safeguards.limits.reserve(rows)
+    reserved = await safeguards.limits.reserve(rows, _possible(groups))
     return Held(safeguards.limits, reserved, {index: place for place, (index, _, _) in enumerate(order)})
+
+
+def _possible(groups: list[Group]) -> Bools | None:
+    """What callers allow, bool [B, N] in the order of the batch, so that no room is held for anything else."""
+    space = groups[0].plan.action
+    if not isinstance(space, Choices):
+        return None
+    allowed = {i: row.allowed for group in groups for i, row in zip(group.index, group.rows, strict=True)}
+    return request_mask([cast(tuple[int, ...] | None, allowed[i]) for i in sorted(allowed)], space.size)

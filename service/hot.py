@@ -68,6 +68,9 @@ class Served:
     coalescer: Coalescer
 
 
+COLUMNS = ("keys", "episodes", "steps", "contexts", "allowed_actions", "previous_actions")
+
+
 class HotRoutes:
     """An ASGI application for the hot routes only. `paths` says which."""
 
@@ -179,6 +182,7 @@ class HotRoutes:
             step=request.step,
             context=request.context,
             allowed=read_allowed(request.allowed_actions, policy.action, "allowed_actions"),
+            previous=_read_action(request.previous_action, policy.action, "previous_action"),
             explore=request.explore,
             include=request.include,
             traceparent=traceparent,
@@ -206,9 +210,7 @@ class HotRoutes:
         count = len(request.states)
         if not 1 <= count <= self._max_batch:
             raise InvalidField(f"there must be 1 to {self._max_batch} states, got {count}", "states")
-        columns = {
-            name: getattr(request, name) for name in ("keys", "episodes", "steps", "contexts", "allowed_actions")
-        }
+        columns = {name: getattr(request, name) for name in COLUMNS}
         for name, column in columns.items():
             if column is not None and len(column) != count:
                 raise InvalidField(f"there are {count} states, but {len(column)} {name}", name)
@@ -226,6 +228,9 @@ class HotRoutes:
                 step=(columns["steps"] or empty)[i],
                 context=(columns["contexts"] or empty)[i],
                 allowed=read_allowed((columns["allowed_actions"] or empty)[i], policy.action, f"allowed_actions[{i}]"),
+                previous=_read_action(
+                    (columns["previous_actions"] or empty)[i], policy.action, f"previous_actions[{i}]"
+                ),
                 explore=request.explore,
                 traceparent=traceparent,
                 arrived_s=arrived_s,
@@ -271,3 +276,7 @@ def _columns(policy: str, generation: int, outcomes: list[Outcome]) -> ActBatchR
         overridden=column(lambda answer: answer.safety.overridden),
         errors=[problem(each, row=row) for row, each in enumerate(outcomes) if isinstance(each, SurefootError)],
     )
+
+
+def _read_action(action: object, space: ActionSpec, where: str) -> tuple[float, ...] | None:
+    return None if action is None else space.parse(action, where)

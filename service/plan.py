@@ -47,6 +47,7 @@ class Row:
     step: int | None = None
     context: dict[str, object] | None = None
     allowed: Columns | Ends | None = None
+    previous: tuple[float, ...] | None = None  # the key's last executed action, where the caller says it
     explore: bool = True
     include: tuple[str, ...] = ()
     traceparent: str | None = None

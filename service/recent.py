@@ -69,13 +69,16 @@ async def recent_decisions(
     found: dict[str, tuple[Order, T]] = {}
     open_cut = await _read(_Pages(streams, policy, _OPEN, last, most_bytes // 2), take, found)
     closed_cut = await _read(_Pages(streams, policy, _CLOSED, last, most_bytes // 2), take, found)
-    newest = sorted(found.values(), key=lambda each: each[0])[-last:]
-    return Recent([each for _, each in newest], open_cut or closed_cut)
+    return Recent(await asyncio.to_thread(_newest, found, last), open_cut or closed_cut)
+
+
+def _newest(found: dict[str, tuple[Order, T]], last: int) -> list[T]:
+    return [each for _, each in sorted(found.values(), key=lambda each: each[0])[-last:]]
 
 
 @dataclass(slots=True)
 class _Pages:
-    """What is left to read of one kind."""
+    """What is left to read of one kind. While it is read more may come, and pages by rank then show some again."""
 
     streams: RedisStreams
     policy: str
@@ -92,7 +95,7 @@ class _Pages:
         where = (self.asked, self.asked + count - 1) if self.script is _OPEN else (self.cursor, count)
         got, cursor, rows = await self.streams.script(self.script, base(self.policy), *where)
         self.asked += count
-        self.left = self.left - count if got == count else 0
+        self.left = self.left if got == count else 0
         self.cursor = f"({cursor.decode()}"
         read = sum(len(row[6]) + len(row[7]) for row in rows)
         self.bytes_left -= read
@@ -105,8 +108,9 @@ async def _read(pages: _Pages, take: Take[T], found: dict[str, tuple[Order, T]])
     while pages.left > 0:
         if pages.bytes_left <= 0:
             return True
-        rows = await pages.next()
-        found |= await asyncio.to_thread(_taken, rows, take)
+        before = len(found)
+        found |= await asyncio.to_thread(_taken, await pages.next(), take)
+        pages.left -= len(found) - before
     return False
 
 

@@ -49,8 +49,8 @@ class Rehearsal:
             tested = await asyncio.to_thread(_ruling, plan, source)
             recent = await recent_decisions(self._streams, plan.policy, last, Seen.of)
             scene = await asyncio.to_thread(_scene, plan, in_force, tested, recent)
-            judged, cut = await self._judge(scene)
-            return scene.report(judged, "size" if recent.cut else cut)
+            first, cut = await self._judge(scene)
+            return await asyncio.to_thread(scene.report, first, "size" if recent.cut else cut)
 
     async def _judge(self, scene: _Scene) -> tuple[int, Cut | None]:
         """Judge from the newest on. Gives the first place that was judged, and what came in between."""

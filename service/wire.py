@@ -50,6 +50,7 @@ class ActRequest(Struct, forbid_unknown_fields=True, frozen=True):
     step: Step | None = None
     context: Context | None = None
     allowed_actions: Allowed | None = None
+    previous_action: Action | None = None  # the key's last executed action, for rules on steps
     explore: bool = True
     include: tuple[Literal["values", "distribution"], ...] = ()
 
@@ -64,6 +65,7 @@ class ActBatchRequest(Struct, forbid_unknown_fields=True, frozen=True):
     steps: list[Step | None] | None = None
     contexts: list[Context | None] | None = None
     allowed_actions: list[Allowed | None] | None = None
+    previous_actions: list[Action | None] | None = None
     explore: bool = True
 
 

@@ -49,6 +49,7 @@ class ActOptions(TypedDict, total=False):
     step: Whole | None  # number of the decision in its episode: the successor of t is t + 1 and nothing else
     context: Mapping[str, Any] | None  # for safety rules; recorded
     allowed_actions: Allowed | None  # None: all
+    previous_action: Action | None  # the key's last executed action, for rules on steps; None: the service knows
     explore: bool  # False: take the best allowed action
     include: Sequence[Include]  # what the answer shall hold besides
     idempotency_key: str | None  # a repeat with the same key and body gets the stored answer
@@ -63,6 +64,7 @@ class ActBatchOptions(TypedDict, total=False):
     steps: Steps | None
     contexts: Sequence[Mapping[str, Any] | None] | None
     allowed_actions: Sequence[Allowed | None] | None
+    previous_actions: Sequence[Action | None] | None
     explore: bool
 
 
@@ -178,6 +180,7 @@ def act(
     step: Whole | None = None,
     context: Mapping[str, Any] | None = None,
     allowed_actions: Allowed | None = None,
+    previous_action: Action | None = None,
     explore: bool = True,
     include: Sequence[Include] = (),
     idempotency_key: str | None = None,
@@ -190,6 +193,7 @@ def act(
         "step": plain(step, "step"),
         "context": plain(context, "context"),
         "allowed_actions": allowed(allowed_actions, "allowed_actions"),
+        "previous_action": plain(previous_action, "previous_action"),
         "explore": None if explore else False,
         "include": list(include) or None,
     }
@@ -206,6 +210,7 @@ def act_batch(
     steps: Steps | None = None,
     contexts: Sequence[Mapping[str, Any] | None] | None = None,
     allowed_actions: Sequence[Allowed | None] | None = None,
+    previous_actions: Sequence[Action | None] | None = None,
     explore: bool = True,
 ) -> Call[BatchDecisions]:
     columns = {
@@ -213,6 +218,7 @@ def act_batch(
         "episodes": episodes,
         "steps": steps,
         "contexts": contexts,
+        "previous_actions": previous_actions,
     }
     body = {
         "states": plain(states, "states"),

@@ -33,7 +33,8 @@ class Client:
         """Ask for one action.
 
         `state`: a list or an array in the order of the policy's features, or a dict by feature name.
-        Options: `policy`, `key`, `episode`, `step`, `context`, `allowed_actions`, `explore`, `include`,
+        Options: `policy`, `key`, `episode`, `step`, `context`, `allowed_actions`, `previous_action`,
+        `explore`, `include`,
         `idempotency_key`; see `ActOptions`. After Unreachable with `maybe_received` a decision may have been recorded
         that nobody carries out: ask again under the next `step`, or use `idempotent=True`.
         """
@@ -42,7 +43,8 @@ class Client:
     def act_batch(self, states: Any, **options: Unpack[ActBatchOptions]) -> BatchDecisions:
         """Ask for an action for each of several states [B, ...] of one policy. Rows that fail stand in `errors`.
 
-        Options: `policy`, `keys`, `episodes`, `steps`, `contexts`, `allowed_actions`, `explore`.
+        Options: `policy`, `keys`, `episodes`, `steps`, `contexts`, `allowed_actions`, `previous_actions`,
+        `explore`.
         """
         return self._call(protocol.act_batch(states, **options))
 

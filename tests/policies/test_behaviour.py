@@ -259,5 +259,5 @@ def test_a_frozen_row_takes_the_mode_within_the_mask() -> None:
     mask = np.array([[True, False, True], [True, False, True], [False, False, False]])
     frozen = np.array([True, False, True])
     behaviour = behave(wanted, mask, np.zeros(3), np.array([1, 1, 1]), frozen=frozen)
-    np.testing.assert_allclose(behaviour.own, [[0, 0, 1], [0.4, 0, 0.6], [0, 1, 0]], atol=1e-12)
+    np.testing.assert_allclose(behaviour.own, np.array([[0, 0, 1], [0.4, 0, 0.6], [0, 1, 0]]), atol=1e-12)
     assert behaviour.fallback.tolist() == [False, False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from dataclasses import dataclass
@@ -55,15 +56,15 @@ def test_its_thread_ends_when_idle_and_comes_back() -> None:
 
 
 def test_a_call_that_begins_just_when_the_thread_ends_is_seen() -> None:
-    late, idle_looks = Call(), [0]
+    late = Call()
+    source, first = inspect.getsourcelines(Watchdog._watch)
+    (decides,) = [first + i for i, line in enumerate(source) if "> self._idle_s" in line]
 
     def monotonic_s() -> float:
         """Begin a call between the thread's last look and its end, when it still seems to be there."""
-        if sys._getframe(1).f_code.co_name == "_watch" and not (watchdog._begun or watchdog._running):
-            idle_looks[0] += 1  # the first notes the time of the last call, the second finds that it is long ago
-            if idle_looks[0] == 2:
-                assert watchdog.watching
-                watchdog.begin(late, -1.0)
+        if sys._getframe(1).f_lineno == decides and not late.terminate:
+            assert watchdog.watching
+            watchdog.begin(late, -1.0)
         return time.monotonic()
 
     watchdog = Watchdog(tick_s=0.001, idle_s=0.0, monotonic_s=monotonic_s)

@@ -171,7 +171,7 @@ def test_rules_are_tried_on_recent_decisions(decided: Admin, file: Path) -> None
     lines = done.stdout.splitlines()
     assert lines[0].startswith("cartpole: 3 decisions of 0 keys, ")
     assert lines[1] == f"in force: no rules; tested: {read_rules(FAR_LEFT.encode()).digest[:12]}"
-    assert "executed action forbidden          0       2      2          0" in lines
+    assert lines[4].split() == ["executed", "action", "forbidden", "0", "2", "2", "0"]
     assert "far-out: no reason given" in lines
 
 

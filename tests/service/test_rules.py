@@ -283,3 +283,38 @@ def test_a_policys_limit_is_leased_to_replicas(tmp_path: Path, policy: str, shar
             some(one)
             some(two)
         assert 15 <= counted <= 20
+
+
+def test_the_callers_previous_action_serves_rules_on_steps() -> None:
+    in_force = plan({"v1": named()})
+    rule = "{kind: max_step, name: small, limit: 0.5, values: [0.0, 1.0], except_fallback: true}"
+    rules = ruled(in_force, rule)
+    ((unknown, _),) = decided(in_force, rules, Row(state=[1.0, 2.0]))
+    assert unknown.fallback == "nothing_allowed"  # nobody knows the key's past
+    ((stays, _),) = decided(in_force, rules, Row(state=[1.0, 2.0], previous=(0,)))
+    assert (stays.action, stays.fallback, stays.safety.rules) == (0, None, ("small",))
+    ((goes, _),) = decided(in_force, rules, Row(state=[1.0, 2.0], previous=(1,), explore=False))
+    assert (goes.action, goes.fallback, goes.safety.rules) == (1, None, ())
+
+
+def test_previous_actions_are_read_and_refused_by_field(admin: Admin, policy: str) -> None:
+    admin.pushed(policy, "v1", prefers=1)
+    rule = "{kind: max_step, name: small, limit: 0.5, values: [0.0, 1.0], except_fallback: true}"
+    assert put(admin, policy, rule).status_code == 200
+    assert admin.act(policy, previous_action="a1")["action"] == 1
+    assert admin.act(policy, previous_action=0)["action"] == 0
+    rows = {"policy": policy, "states": [[1.0, 2.0]] * 2, "previous_actions": ["a1", 0]}
+    assert admin.http.post("/v1/act/batch", json=rows).json()["action"] == [1, 0]
+    wrong = admin.http.post("/v1/act/batch", json=rows | {"previous_actions": [0, "a9"]})
+    assert (wrong.status_code, wrong.json()["errors"][0]["field"]) == (422, "previous_actions[1]")
+
+
+def test_removed_rules_give_back_what_they_held(admin: Admin, policy: str) -> None:
+    admin.pushed(policy, "v1", prefers=1)
+    rule = "{kind: rate, name: few, actions: [a1], limit: 5, window_s: 3600, per: policy}"
+    assert put(admin, policy, rule).status_code == 200
+    until(lambda: admin.act(policy)["action"] == 1, "a portion")
+    tag = admin.http.get(f"/admin/policies/{policy}/safety").headers["etag"]
+    removed = admin.http.put(f"/admin/policies/{policy}/safety", content=b"", headers={"If-Match": tag})
+    assert removed.status_code == 200
+    assert {admin.act(policy)["action"] for _ in range(10)} == {1}
