@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from service.settings import PREFIX, Settings
 from tests import files_table
@@ -145,3 +146,12 @@ def test_the_constraints_cover_every_dependency() -> None:
     pinned = {re.split("[=@]", line)[0].strip().lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     names = {re.split(r"[\[>=<; ]", each)[0].lower().replace("_", "-") for each in wanted} - {"onnxruntime"}
     assert {name.replace("_", "-") for name in pinned} >= names
+
+
+def test_alerts_are_about_metrics_that_exist() -> None:
+    (group,) = yaml.safe_load((ROOT / "docs" / "alerts.yaml").read_text())["groups"]
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    for rule in group["rules"]:
+        assert {"alert", "expr", "labels", "annotations"} <= rule.keys()
+        for metric in re.findall(r"surefoot_\w+", rule["expr"]):
+            assert f"`{metric}`" in page, rule["alert"]
