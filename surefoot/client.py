@@ -34,8 +34,8 @@ class Client:
 
         `state`: a list or an array in the order of the policy's features, or a dict by feature name.
         Options: `policy`, `key`, `episode`, `step`, `context`, `allowed_actions`, `previous_action`,
-        `explore`, `include`, `idempotency_key`; see `ActOptions`. After Unreachable with `maybe_received` a decision may
-        have been recorded that nobody carries out: ask again under the next `step`, or use `idempotent=True`.
+        `explore`, `include`, `idempotency_key`; see `ActOptions`. After Unreachable with `maybe_received` a decision
+        may have been recorded that nobody carries out: ask again under the next `step`, or use `idempotent=True`.
         """
         return self._call(self._options.keyed(protocol.act(state, **options)))
 
