@@ -73,3 +73,10 @@ def test_errors_of_a_batch_say_which_element() -> None:
     assert MissingField("x", "reward").within("rewards[2]").field == "rewards[2].reward"
     assert MissingField("x", "[1]").within("state").field == "state[1]"
     assert MissingField("x").within("rewards[0]").field == "rewards[0]"
+
+
+def test_observations_are_within_the_features_bounds_or_merely_finite() -> None:
+    bounded = ObservationSpec((2,), features=(Feature("cpu", 0.0, 1.0), Feature("rps", low=0.0)))
+    states = bounded.array([[0.5, 9.0], [1.5, 9.0], [0.5, -1.0], [0.5, np.inf]])
+    assert bounded.within(states).tolist() == [True, False, False, False]
+    assert IMAGE.within(IMAGE.array([[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, np.nan]]])).tolist() == [True, False]

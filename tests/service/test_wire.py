@@ -14,6 +14,8 @@ from policies.errors import (
     MissingField,
     NoSafeAction,
     NotFinite,
+    SafetyError,
+    SafetyFault,
     SurefootError,
     Unavailable,
     UnknownField,
@@ -157,3 +159,14 @@ def test_a_deployment_is_decoded_with_the_same_complaints() -> None:
     with pytest.raises(UnknownField) as caught:
         wire.decode(b'{"schema": 1, "policy": "toy", "champion": "v1", "reward": {"x": 1}}', Deployment)
     assert caught.value.field == "reward.x"
+
+
+def test_every_fault_of_a_safety_file_is_told_with_its_place() -> None:
+    faults = [SafetyFault("rules[0].limit", "too small", 4, 9), SafetyFault("rules[1].name", "missing", 5, 3)]
+    told = problem(SafetyError("two faults", "rules[0].limit", faults))
+    assert [(each.field, each.line, each.column) for each in told.errors] == [
+        ("rules[0].limit", 4, 9),
+        ("rules[1].name", 5, 3),
+    ]
+    assert [each.line for each in problem(SafetyError("one", "name")).errors] == [None]
+    assert problem(SafetyError("none")).errors == []
