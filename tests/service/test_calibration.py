@@ -106,19 +106,25 @@ class Replica:
 
 
 @asynccontextmanager
-async def replica(url: str, policy: str, space: str = "choices") -> AsyncIterator[Replica]:
+async def replica(
+    url: str, policy: str, space: str = "choices", monitor_url: str | None = None
+) -> AsyncIterator[Replica]:
+    """A worker's parts. monitor_url: how the monitor alone reaches Redis."""
     changes = dict(SPACES[space])
     network = linear(WIDE) if changes.pop("wide", False) else linear([[1, 0], [0, 1]])
     in_force = plan({"v1": version(METRICS, "v1", network, **changes)})
     metrics = Metrics(CollectorRegistry())
-    streams = RedisStreams(connect(url))
+    streams, apart = RedisStreams(connect(url)), RedisStreams(connect(monitor_url or url))
     with decider(replace(in_force, policy=policy, digest=policy_digest(policy)), metrics) as (pipeline, ledger, clock):
-        calibrations = Calibrations(streams, clock, metrics)
+        calibrations = Calibrations(apart, clock, metrics)
         shipper = Shipper(ledger, streams, clock, jitter=lambda: 0.0)
         shipper.on_shipped = calibrations.offer
-        yield Replica(policy, pipeline, ledger, shipper, calibrations, clock, metrics)
-        await calibrations.aclose()
-        await streams.aclose()
+        try:
+            yield Replica(policy, pipeline, ledger, shipper, calibrations, clock, metrics)
+        finally:
+            await calibrations.aclose()
+            await streams.aclose()
+            await apart.aclose()
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -260,7 +266,7 @@ def test_what_is_shipped_again_counts_once(short: Path, policy: str) -> None:
 
 def test_a_lost_answer_counts_once(short: Path, policy: str) -> None:
     async def scenario() -> None:
-        async with replica(proxy.url, policy) as one:
+        async with replica(server.url, policy, monitor_url=proxy.url) as one:
             await one.decide(250)
             for lost, known in ((b"HMGET", 250), (b"EVALSHA", 500)):  # the state is not read; it is, in vain, written
                 await one.pipeline.decide([Row(state=[0.0, 1.0]) for _ in range(250)])
@@ -327,13 +333,15 @@ def test_a_redis_that_has_forgotten_is_told_again(short: Path, policy: str) -> N
             await two.known()
             server.kill()
             server.start()
-            await two.judge()  # the first call meets the old connection
-            await two.decide(250)
-            assert (await two.known())["spaces"][0]["decisions"] == 750
+            two.clock.advance(60_000)
+            for _ in range(2):  # the first call meets the old connection
+                await two.judge()
             with server.client() as client:
                 raw = client.hget(f"{base(policy)}:calibration", "state")
                 assert isinstance(raw, bytes)
-                assert decode(raw).version == 3
+                assert decode(raw).through == {f"{one.ledger.producer}:1": 500}
+            await two.decide(250)
+            assert (await two.known())["spaces"][0]["decisions"] == 750
 
     with Valkey(short) as server:
         run(scenario)
