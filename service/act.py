@@ -21,6 +21,7 @@ from policies.errors import LedgerBroken, LedgerFull
 from policies.route import Assignment, assign, unit_of
 from safety.halt import combined
 from service.allowance import Strength, Terms
+from service.arrivals import Arrivals
 from service.breakers import Breakers
 from service.clock import Clock
 from service.holding import Held, reserve, waves
@@ -50,6 +51,7 @@ class Decider:
         metrics: Metrics,
         inference: Inference,
         breakers: Breakers,
+        arrivals: Arrivals | None = None,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.plan = plan  # replaced whole when versions come and go; a batch keeps the one it began with
@@ -60,6 +62,7 @@ class Decider:
         self._metrics = metrics
         self._inference = inference
         self._random = random
+        self._arrivals = arrivals  # None: episodes are this worker's own
         self.breakers = breakers
         self._safeguards = Safeguards()
         self.memories = inference.memories
@@ -71,6 +74,8 @@ class Decider:
 
     async def infer(self, rows: Sequence[Row]) -> list[Group]:
         """Route the rows and run each version's network once."""
+        if self._arrivals is not None:
+            await self._arrivals.meet(self.plan, rows, self.pins)
         groups = self._route(self.plan, rows)
         for group in groups:
             await self._ask(group)

@@ -24,7 +24,7 @@ from policies.network import Memory, Outputs
 from policies.types import Bools
 from safety.mask import request_mask
 from service.clock import Clock
-from service.memory import Memories
+from service.memory import Kept, Memories
 from service.plan import Group, LoadedVersion
 
 # Above this predicted duration a call leaves the event loop: a thread hop costs 30 to 60 µs itself.
@@ -127,12 +127,13 @@ class Inference:
         return memory
 
     def _keep(self, group: Group, wave: list[int], before: Memory, after: Memory | None) -> None:
-        now_s, digest = self._clock.monotonic_s(), group.version.bundle.digest
+        now_s, bundle = self._clock.monotonic_s(), group.version.bundle
         for at, i in enumerate(wave):
             row = group.rows[i]
             if row.episode is not None:
-                new = None if after is None else after[at].copy()  # a view would keep the whole batch alive
-                self.memories.keep(row.episode, row.step, digest, group.ids[i], before[at].copy(), new, now_s)
+                old, new = before[at].copy(), None if after is None else after[at].copy()  # views keep the batch alive
+                kept = Kept(group.assignments[i], bundle.version, bundle.digest, row.step, group.ids[i], old, new)
+                self.memories.keep(row.episode, kept, now_s)
 
 
 def _mask(group: Group, bundle: PolicyBundle) -> Bools | None:

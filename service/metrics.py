@@ -106,6 +106,12 @@ class Metrics:
         self.limit_denials = self._gauge(
             "limit_denials", "Rows denied because Redis did not say what is left.", "policy"
         )
+        self.memory_lookups = self._counter(
+            "memory_lookups", "Episodes unknown here that were looked up in Redis.", "policy", "outcome"
+        )
+        self.memory_drops = self._counter(
+            "memory_drops", "Steps of episodes that did not get to Redis.", "policy", "reason"
+        )
         self.refusals = self._counter("no_safe_action", "Decisions refused: nothing allowed, no fallback.", "policy")
         self.unlogged = self._counter("unlogged_decisions", "Decisions answered but not recorded.", "policy")
         self.problems = self._counter("problems", "Requests answered with a problem.", "code")

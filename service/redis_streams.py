@@ -16,6 +16,7 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:{policy}:calibration                          what `calibration.py` keeps: the monitor's sums, its alarms
     sf:{policy}:explore  explore:<kind>:<window>  burn    what `leases.py` keeps: exploration's budget, lent in portions
     sf:{policy}:lim:k:<digest>  all  h:<holder>  memory    what `limit_calls.py` keeps: limits on executions
+    sf:{policy}:mem:<digest>                         what `memory_store.py` keeps: episodes by name, their last step
 
 Strategy: redis-py's async client retries ten times by default and would repeat a script whose reply was lost; here it
 never retries, times out soon, and the shipper decides.

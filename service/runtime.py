@@ -152,7 +152,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         stack.push_async_callback(leases.aclose)
         guarding = Guarding(streams, clock, leases)
         stack.push_async_callback(guarding.aclose)
-        serving = Serving(settings, ledger, shipper, keyring, clock, metrics, device, guarding, configs)
+        serving = Serving(settings, ledger, shipper, streams, keyring, clock, metrics, device, guarding, configs)
         stack.push_async_callback(serving.aclose)
         catalog = Catalog(
             seeds,

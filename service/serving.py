@@ -7,13 +7,16 @@ Promise: a request sees a policy wholly as it was or wholly as it is.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 
 from policies.deployment import Deployment
 from policies.route import Routes
 from service.act import Decider
+from service.arrivals import Arrivals, Outcome, remembers
 from service.breakers import Breakers
 from service.clock import Clock
 from service.coalesce import Coalescer
@@ -23,9 +26,10 @@ from service.ids import Keyring, policy_digest
 from service.inference import Inference
 from service.ledger import Ledger
 from service.memory import Memories
+from service.memory_store import MemoryStore
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan
-from service.redis_streams import JoinConfig
+from service.redis_streams import JoinConfig, RedisStreams
 from service.rewards import Rewarded
 from service.settings import Settings
 from service.shipper import Shipper
@@ -43,6 +47,7 @@ class Serving:
     settings: Settings
     ledger: Ledger
     shipper: Shipper
+    streams: RedisStreams
     keyring: Keyring
     clock: Clock
     metrics: Metrics
@@ -52,6 +57,7 @@ class Serving:
     policies: dict[str, Served] = field(default_factory=dict)
     rewarded: dict[bytes, Rewarded] = field(default_factory=dict)
     trips: list[tuple[str, str]] = field(default_factory=list)  # versions that tripped here; `catalog.py` takes them
+    _stores: list[MemoryStore] = field(default_factory=list)
     _listed: dict[str, dict[str, tuple[str, str, str, str]]] = field(default_factory=dict)
 
     def publish(self, plan: Plan, deployment: Deployment) -> None:
@@ -70,7 +76,12 @@ class Serving:
         else:
             served.coalescer.decider.renew(plan, self.guarding.fit(plan))
         self.rewarded[plan.digest] = Rewarded(
-            name, plan.observation, plan.action, served.states, plan.window_ms, served.coalescer.decider.memories.ended
+            name,
+            plan.observation,
+            plan.action,
+            served.states,
+            plan.window_ms,
+            served.coalescer.decider.memories.ended if remembers(plan) else lambda decision_id: None,
         )
         self.policies[name] = served
         self._list(plan, deployment)
@@ -82,20 +93,27 @@ class Serving:
             self.policies[policy].coalescer.decider.safeguards = safeguards
 
     async def aclose(self) -> None:
-        """Wait until every row that was submitted has its outcome."""
+        """Wait until every row that was submitted has its outcome, and what is remembered of episodes is in Redis."""
         for served in self.policies.values():
             await served.coalescer.aclose()
+        await asyncio.gather(*(store.aclose() for store in self._stores))
 
     def _open(self, plan: Plan) -> Served:
         settings = self.settings
         self.shipper.register(plan.policy)
-        memories = Memories(settings.recurrent_memory_bytes, settings.recurrent_ttl_s)
+        store = MemoryStore(self.streams, plan.policy, settings.recurrent_ttl_s, self.metrics)
+        self._stores.append(store)
+        memories = Memories(settings.recurrent_memory_bytes, settings.recurrent_ttl_s, store)
+        arrivals = Arrivals(memories, store, self.clock, partial(self._count_lookups, plan.policy))
         inference = Inference(self.device, self.clock, settings.inference_timeout_s, memories)
         breakers = Breakers(self.clock, lambda policy, label: self.trips.append((policy, label)))
-        decider = Decider(plan, self.ledger, self.keyring, self.clock, self.metrics, inference, breakers)
+        decider = Decider(plan, self.ledger, self.keyring, self.clock, self.metrics, inference, breakers, arrivals)
         decider.safeguards = self.guarding.fit(plan)
         coalescer = Coalescer(decider, settings.max_batch)
         return Served(plan.policy, plan.observation, plan.action, StateReader(plan.observation), coalescer)
+
+    def _count_lookups(self, policy: str, outcome: Outcome, episodes: int) -> None:
+        self.metrics.memory_lookups.labels(policy, outcome).inc(episodes)
 
     def _list(self, plan: Plan, deployment: Deployment) -> None:
         """Tell the metrics what is loaded, in which role; series of versions that are not loaded any more go."""

@@ -14,6 +14,7 @@ from policies.bundle import read_bundle
 from policies.engine import Engine
 from policies.route import Routes
 from service.act import Decider
+from service.arrivals import Arrivals
 from service.breakers import Breakers
 from service.clock import ManualClock
 from service.decision import DecisionEvent, decode_events
@@ -61,7 +62,11 @@ def plan(
 
 @contextmanager
 def decider(
-    in_force: Plan, metrics: Metrics | None = None, timeout_s: float = 5.0
+    in_force: Plan,
+    metrics: Metrics | None = None,
+    timeout_s: float = 5.0,
+    memories: Memories | None = None,
+    arrivals: Arrivals | None = None,
 ) -> Iterator[tuple[Decider, Ledger, ManualClock]]:
     """A pipeline whose ids are the same in every run. Needs a running event loop."""
     clock, numbers = ManualClock(), count()
@@ -74,8 +79,9 @@ def decider(
                 KEYS,
                 clock,
                 metrics or Metrics(CollectorRegistry()),
-                Inference(device, clock, timeout_s, Memories(1 << 20, 600.0)),
+                Inference(device, clock, timeout_s, Memories(1 << 20, 600.0) if memories is None else memories),
                 Breakers(clock, lambda *_: None),
+                arrivals,
                 random=lambda size: b"".join(next(numbers).to_bytes(10, "big") for _ in range(size // 10)),
             ),
             ledger,
