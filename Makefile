@@ -38,7 +38,7 @@ clean: ## Remove what make made; the data directory stays
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # Modules that decide and do no I/O: every branch is tested.
-PURE := policies/bundle.py,policies/continuous.py,policies/deployment.py,policies/draw.py,policies/errors.py,policies/explore.py,policies/extent.py,policies/graph.py,policies/heads.py,policies/manifest.py,policies/route.py,policies/types.py,safety/*.py,service/allowance.py,service/allowed.py,service/calibration_state.py,service/decision.py,service/dry_run.py,service/dry_run_facts.py,service/dry_run_limits.py,service/dry_run_report.py,service/dry_run_verdicts.py,service/history.py,service/ids.py,service/join.py,service/judge.py,service/logged.py,service/memory.py,service/openapi.py,service/pins.py,service/plan.py,service/problems.py,service/record.py,service/ruling.py,service/settle.py,service/states.py,service/wire.py
+PURE := policies/bundle.py,policies/continuous.py,policies/deployment.py,policies/draw.py,policies/errors.py,policies/explore.py,policies/extent.py,policies/graph.py,policies/heads.py,policies/manifest.py,policies/route.py,policies/types.py,safety/*.py,service/allowance.py,service/allowed.py,service/calibration_state.py,service/decision.py,service/dry_run.py,service/dry_run_facts.py,service/dry_run_limits.py,service/dry_run_report.py,service/dry_run_verdicts.py,service/history.py,service/ids.py,service/join.py,service/judge.py,service/logged.py,service/memory.py,service/memory_writes.py,service/openapi.py,service/pins.py,service/plan.py,service/problems.py,service/record.py,service/ruling.py,service/settle.py,service/states.py,service/wire.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

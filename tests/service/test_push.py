@@ -50,7 +50,7 @@ def test_a_refusal_says_check_field_and_detail(policy: str) -> None:
         push(files)
     said = caught.value.detail.splitlines()
     assert said[0].startswith("refused (bundle_refused): the network's inputs are ['observation']")
-    assert said[1:] == ["  check: signature", "  field: model.input"]
+    assert said[1:] == ["  check: interface", "  field: model.input"]
     assert caught.value.field == "model.input"
     with pytest.raises(BundleError):  # not even a manifest that says which policy it is
         push({"policy.yaml": b"{}"})
