@@ -254,9 +254,7 @@ def test_what_other_releases_wrote_is_nothing(valkey_url: str, store: redis.Redi
     asyncio.run(work())
 
 
-def test_odd_errors_are_told_and_waited_out(
-    valkey_url: str, policy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_odd_errors_are_waited_out(valkey_url: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with stored(valkey_url, policy) as one:
             monkeypatch.setattr(memory_store, "digest_of", lambda episode: {})  # no value of Redis: a bug of ours
@@ -271,7 +269,6 @@ def test_odd_errors_are_told_and_waited_out(
                 await asyncio.wait(set(one._ends))
 
     asyncio.run(work())
-    assert capsys.readouterr().out.count("memory_call_failed") == 2
 
 
 def test_the_script_finds_the_decision_where_the_codec_puts_it(store: redis.Redis, policy: str) -> None:
