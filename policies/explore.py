@@ -57,13 +57,11 @@ def behave(
     """
     fallback = fallback.reshape(len(mask), -1)
     own = _masked(target, mask)
-    exploring = np.asarray(mask if weights is None else weights * mask, dtype=np.float64)
+    exploring, barred = exploring_part(mask, weights, target.nvec)
     fallen = target.faulty.copy()
-    barred = np.zeros(len(mask), dtype=np.bool_)
     parts = columns(target.nvec)
     for part in parts:
         fallen |= ~_normalise(own[:, part])
-        barred |= ~_normalise(exploring[:, part])
         if frozen is not None:
             own[frozen, part] = _mode(own[frozen, part])
     if fallen.any():
@@ -75,6 +73,17 @@ def behave(
         epsilon = np.where(barred, 0.0, epsilon)
     strength = epsilon[:, None]
     return Behaviour(own, exploring, (1.0 - strength) * own + strength * exploring, epsilon, fallen, target.nvec)
+
+
+def exploring_part(mask: Bools, weights: Bools | Floats | None, nvec: tuple[int, ...]) -> tuple[Floats, Bools]:
+    """What exploring draws from, float64 [B, N]: in proportion to the weights within M, or uniform; and bool [B], rows
+    of which they leave some factor nothing.
+    """
+    exploring = np.asarray(mask if weights is None else weights * mask, dtype=np.float64)
+    barred = np.zeros(len(mask), dtype=np.bool_)
+    for part in columns(nvec):
+        barred |= ~_normalise(exploring[:, part])
+    return exploring, barred
 
 
 def _mode(own: Floats) -> Floats:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -80,5 +79,5 @@ def _possible(groups: list[Group]) -> Bools | None:
     space = groups[0].plan.action
     if not isinstance(space, Choices):
         return None
-    allowed = {i: row.allowed for group in groups for i, row in zip(group.index, group.rows, strict=True)}
-    return request_mask([cast(tuple[int, ...] | None, allowed[i]) for i in sorted(allowed)], space.size)
+    allowed = {i: mask for group in groups for i, mask in zip(group.index, group.masks, strict=True)}
+    return request_mask([allowed[i] for i in sorted(allowed)], space.size)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import cast
 
 import numpy as np
 import structlog
@@ -140,7 +139,7 @@ def _mask(group: Group, bundle: PolicyBundle) -> Bools | None:
     """What the callers allow, for a network that wants to know. Rules see its answer, not its question."""
     if bundle.interface.mask is None:
         return None
-    return request_mask([cast(tuple[int, ...] | None, row.allowed) for row in group.rows], bundle.action.size)
+    return request_mask(group.masks, bundle.action.size)
 
 
 def _waves(episodes: list[str | None]) -> list[list[int]]:

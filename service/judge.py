@@ -134,24 +134,16 @@ def _allowed(group: Group) -> Constraint | BoxConstraint:
     """What callers leave, where there are no rules."""
     space = group.version.bundle.action
     if isinstance(space, Box):
-        return constrain_box(_boxes(group), space)
-    return constrain(_masks(group), space)
+        return constrain_box(group.boxes, space)
+    return constrain(group.masks, space)
 
 
 def _constraint(group: Group, said: Sequence[Pair], ruling: Ruling, *, joint: bool) -> Constraint | BoxConstraint:
     """What callers and rules leave."""
     space, count, on_empty = group.version.bundle.action, len(group.rows), ruling.on_empty
     if isinstance(space, Box):
-        return combine_box(said, request_box(_boxes(group), space.size), space, count, on_empty=on_empty)
-    return combine(said, request_mask(_masks(group), space.size), space, count, on_empty=on_empty, joint=joint)
-
-
-def _boxes(group: Group) -> list[tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    return [cast(tuple[tuple[float, ...], tuple[float, ...]] | None, row.allowed) for row in group.rows]
-
-
-def _masks(group: Group) -> list[tuple[int, ...] | None]:
-    return [cast(tuple[int, ...] | None, row.allowed) for row in group.rows]
+        return combine_box(said, request_box(group.boxes, space.size), space, count, on_empty=on_empty)
+    return combine(said, request_mask(group.masks, space.size), space, count, on_empty=on_empty, joint=joint)
 
 
 def _by_rules(judged: Judged) -> tuple[list[FallbackReason | None], list[str | None]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +127,16 @@ class Group:
     stand_in: list[str | None] | None = (
         None  # why the baseline answers in place of the assigned version; None: it does not
     )
+
+    @property
+    def masks(self) -> list[Columns | None]:
+        """What the callers allow of choices, row by row."""
+        return [cast("Columns | None", row.allowed) for row in self.rows]
+
+    @property
+    def boxes(self) -> list[Ends | None]:
+        """What the callers allow of a box, row by row."""
+        return [cast("Ends | None", row.allowed) for row in self.rows]
 
     def some(self, rows: Sequence[int]) -> Group:
         """The same for some of the rows."""

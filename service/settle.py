@@ -1,9 +1,10 @@
 """A group's network outputs to drawn and checked actions, over choices or in a box. Pure.
 
-    behave -> draw -> check
+    allot -> behave -> draw -> check -> charge
 
-Duty: put the steps of `policies/` and `safety/` in order for each kind of action space. It reads no clock, records
-nothing and knows nothing of requests beyond a `Row`.
+Duty: put the steps of `policies/` and `safety/` in order for each kind of action space, between the allotment of a
+budget and its charge, which `terms` makes. It reads no clock, records nothing and knows nothing of requests beyond a
+`Row`.
 Strategy: the two kinds have the same verbs over different arrays; what they share is `Settled`.
 """
 
@@ -17,8 +18,8 @@ import numpy.typing as npt
 
 from policies.bundle import PolicyBundle
 from policies.draw import draw, propose, uniforms
-from policies.explore import behave, masked_mass, softmax_weights
-from policies.types import Bools, Box, Choices, Floats, Target, columns
+from policies.explore import behave, exploring_part, masked_mass, softmax_weights
+from policies.types import Bools, Box, Choices, Floats, Target
 from safety import budget
 from safety.chain import check, check_box
 from safety.joint import to_indices, to_tuples
@@ -49,7 +50,6 @@ def fallback_rows(bundle: PolicyBundle, count: int) -> npt.NDArray[Any]:
 def _choices(group: Group, judged: Judged, space: Choices, terms: Terms, draw_key: bytes) -> Settled:
     bundle, constraint = group.version.bundle, cast(Constraint, judged.constraint)
     wanted, mask, nvec = cast(Target, judged.target), constraint.mask, constraint.nvec
-    allowed = [cast(tuple[int, ...] | None, row.allowed) for row in group.rows]
     fallback = fallback_rows(bundle, len(group.rows))
     weights = _weights(wanted, mask, constraint.explorable, terms.strength.temperature)
     price = budget.prices(wanted.scores, mask, group.version.scale, wanted.greedy, nvec) if terms.priced else None
@@ -64,7 +64,7 @@ def _choices(group: Group, judged: Judged, space: Choices, terms: Terms, draw_ke
     if constraint.factors:
         drawn = replace(drawn, actions=to_tuples(drawn.actions[:, 0], constraint.factors))
         proposed = to_tuples(proposed[:, 0], constraint.factors)
-    passed = check(drawn.actions.tolist(), behaviour.fallback.tolist(), allowed, space.nvec)
+    passed = check(drawn.actions.tolist(), behaviour.fallback.tolist(), group.masks, space.nvec)
     passed &= _unbroken(judged, drawn.actions, drawn.explored, behaviour.fallback)
     return Settled(
         group=group,
@@ -104,11 +104,8 @@ def _weights(wanted: Target, mask: Bools, explorable: Bools | None, temperature:
 def _dear(price: Floats | None, mask: Bools, weights: Floats | None, nvec: tuple[int, ...]) -> tuple[Floats, Floats]:
     """The worst and the mean price of exploring, float64 [B] each."""
     assert price is not None
-    among = mask.astype(np.float64) if weights is None else weights * mask
-    shares = np.empty(among.shape)
-    for part in columns(nvec):
-        shares[:, part] = among[:, part] / np.maximum(among[:, part].sum(axis=1, keepdims=True), 1e-300)
-    return budget.worst_price(price, among > 0.0, nvec), budget.expected_price(price, shares, nvec)
+    shares, _ = exploring_part(mask, weights, nvec)
+    return budget.worst_price(price, shares > 0.0, nvec), budget.expected_price(price, shares, nvec)
 
 
 def _points(group: Group, judged: Judged, space: Box, terms: Terms, draw_key: bytes) -> Settled:
@@ -117,7 +114,6 @@ def _points(group: Group, judged: Judged, space: Box, terms: Terms, draw_key: by
     bundle, constraint = group.version.bundle, cast(BoxConstraint, judged.constraint)
     wanted = cast(continuous.Gaussian, judged.target)
     transform = continuous.Transform.of(bundle.head, bundle.transform, space)
-    allowed = [cast(tuple[tuple[float, ...], tuple[float, ...]] | None, row.allowed) for row in group.rows]
     box = constraint.low, constraint.high
     fallback = fallback_rows(bundle, len(group.rows))
     sigma = _sigma(bundle, terms.strength.sigma, space.size)
@@ -127,7 +123,7 @@ def _points(group: Group, judged: Judged, space: Box, terms: Terms, draw_key: by
     behaviour = continuous.behave(wanted, transform, box, spent.epsilon, sigma, fallback)
     drawn = continuous.draw(behaviour, u)
     paid = budget.point_prices(drawn.actions, behaviour.centre, *space.bounds) if terms.priced else np.zeros(len(u))
-    passed = check_box(drawn.actions.tolist(), behaviour.fallback.tolist(), allowed, space)
+    passed = check_box(drawn.actions.tolist(), behaviour.fallback.tolist(), group.boxes, space)
     passed &= np.isfinite(drawn.log_propensity)  # whatever was drawn had a chance to be
     passed &= _unbroken(judged, drawn.actions, drawn.explored, behaviour.fallback)
     return Settled(

@@ -14,8 +14,10 @@ from prometheus_client import CollectorRegistry
 from safety.document import read_rules
 from service.decision import decode_record
 from service.history import replay
+from service.limits import Limits
 from service.metrics import Metrics
 from service.plan import Plan, Row, Safeguards
+from service.redis_streams import RedisStreams, connect
 from service.ruling import Ruling
 from service.valkey import EmbeddedValkey
 from service.wire import ActResponse
@@ -173,6 +175,24 @@ def test_a_mistake_of_the_evaluators_is_seen_by_the_last_look(monkeypatch: pytes
     ((answer, record),) = decided(in_force, rules, Row(state=[1.0, 2.0], explore=False))
     assert (answer.action, answer.fallback, answer.propensity) == (0, "check_failed", None)
     assert record.propensity_reason == "check_failed"
+
+
+def test_rows_of_one_key_in_a_batch_are_decided_one_after_the_other() -> None:
+    in_force = plan({"v1": named()})
+    limit = "{kind: max_step, name: step, limit: 1, values: [0, 1], initial: a0, scope: local, except_fallback: true}"
+    ruling = ruled(in_force, limit).ruling
+    assert ruling is not None
+
+    async def work() -> None:
+        with decider(in_force) as (pipeline, _, clock):
+            limits = Limits(RedisStreams(connect("redis://127.0.0.1:1")), "toy", clock)  # never asked: all is local
+            limits.configure(ruling.limits)
+            pipeline.safeguards = Safeguards(ruling=ruling, limits=limits)
+            rows = [Row(state=[1.0, 2.0], key=key, explore=False) for key in ("k", "other", "k", "k")]
+            answers = await pipeline.decide(rows)
+            assert [(a.action, a.fallback) for a in answers if isinstance(a, ActResponse)] == [(1, None)] * 4
+
+    asyncio.run(work())
 
 
 def test_rules_that_count_deny_where_nobody_counts() -> None:
