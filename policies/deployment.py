@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Annotated, Literal
 
@@ -26,11 +27,29 @@ class Challenger(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class RewardPolicy(Struct, forbid_unknown_fields=True, frozen=True):
-    """How rewards meet decisions. `first`: the first accepted reward closes the decision."""
+    """How rewards meet decisions (docs/join.md).
+
+    `first`: the first accepted reward closes the decision; all others: what the rewards of the window come to.
+    """
 
     window_s: Annotated[float, Meta(gt=0, le=30 * 86_400)] = 60.0
     default: float = 0.0
-    aggregation: Literal["first"] = "first"
+    aggregation: Literal["first", "sum", "last", "max", "min", "mean"] = "first"
+    range: tuple[float | None, float | None] = (None, None)  # a reward outside is quarantined; null: no bound
+    expression: str | None = None  # CEL over `reward` and `metrics`, gives the reward
+    n_step: Annotated[int, Meta(ge=1, le=64)] = 1  # above 1: records of so many steps besides
+
+    def __post_init__(self) -> None:
+        low, high = self.range
+        if low is not None and high is not None and low > high:
+            raise ValueError("reward.range: low is above high")
+        if not self.within(self.default):
+            raise ValueError("reward.default is outside reward.range")
+
+    def within(self, reward: float) -> bool:
+        """Whether a reward is finite and in range."""
+        low, high = self.range
+        return math.isfinite(reward) and (low is None or reward >= low) and (high is None or reward <= high)
 
 
 class Deployment(Struct, forbid_unknown_fields=True, frozen=True):

@@ -29,6 +29,7 @@
     ├── Unavailable          503     nothing was kept; the same request may succeed later (Retry-After)
     │   ├── LedgerFull       503     the bounded buffer is full
     │   ├── LedgerBroken     503     the spool cannot be written
+    │   │   └── Unconfirmed  503     kept here and on its way, but Redis's replicas have not confirmed it in time
     │   ├── StoreAway        503     Redis does not answer, and the question cannot be answered without it
     │   ├── BundlesAway      503     the store of bundles does not answer
     │   └── NotReady         503     keys or policies are not loaded yet
@@ -229,9 +230,21 @@ class LedgerBroken(Unavailable):
     retry_after_s = 5
 
 
+class Unconfirmed(LedgerBroken):
+    code = "unconfirmed"
+    title = "Redis's replicas have not confirmed it in time"
+    retry_after_s = 1
+
+
 class StoreAway(Unavailable):
+    """`reason` says in which way, in one word of a fixed set (docs/redis.md): `timeout`, `oom`, `readonly`, …"""
+
     code = "store_away"
     title = "Redis does not answer"
+
+    def __init__(self, detail: str, field: str | None = None, reason: str = "away") -> None:
+        super().__init__(detail, field)
+        self.reason = reason
 
 
 class BundlesAway(Unavailable):

@@ -207,7 +207,8 @@ class Decider:
         """
         own, allowance = group.version.bundle.epsilon, self.safeguards.allowance
         strength = Strength(own) if allowance is None else allowance.strength(own)
-        open_to = combined(self.safeguards.halts).explores and group.stand_in is None and self._ledger.accepting
+        halts = combined(self.safeguards.halts)
+        open_to = halts.explores and group.stand_in is None and self._ledger.recording(self._policy)
         wanted = np.array([strength.epsilon if open_to and row.explore else 0.0 for row in group.rows])
         return Terms(wanted, strength, allowance)
 

@@ -20,10 +20,10 @@ from starlette.exceptions import HTTPException
 from policies.errors import InvalidField, StoreAway, SurefootError
 from service import access, admin, openapi
 from service.access import Context, Worker
-from service.decision import decode_record, decode_reward_record
+from service.decision import RewardRecord, decode_record, decode_reward_record
 from service.history import describe
 from service.problems import CONTENT_TYPE, problem
-from service.redis_streams import StoredDecision
+from service.redis_streams import StoredDecision, StoredReward
 from service.runtime import Runtime
 from service.wire import FieldError, Problem
 
@@ -78,8 +78,10 @@ def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: 
 
 
 def _durability(worker: Runtime) -> dict[str, Any]:
-    store = asdict(worker.store) if worker.store is not None else None
-    return {"durability": worker.settings.durability, "redis": store, "degraded": worker.store is None}
+    """What events survive here and now, and what of the tier asked for the connected Redis cannot give."""
+    acks = worker.shipper.statistics().acks
+    recording = {policy: worker.ledger.recording(policy) for policy in worker.policies}
+    return worker.watch.view() | {"recording": recording, "replication": None if acks is None else asdict(acks)}
 
 
 async def _find(worker: Runtime, decision_id: str) -> StoredDecision:
@@ -95,21 +97,25 @@ async def _find(worker: Runtime, decision_id: str) -> StoredDecision:
 
 
 def _join(stored: StoredDecision) -> dict[str, Any]:
-    reward = None
-    if stored.reward is not None:
-        reward = {
-            "reward": stored.reward,
-            "reward_id": stored.reward_id or None,
-            "accepted_ms": stored.reward_at_ms,
-            "metrics": decode_reward_record(stored.reward_record).metrics if stored.reward_record else None,
-        }
     return {
         "state": stored.state_name,
         "waiting_for": stored.waiting_for,
         "due_ms": stored.due_ms,
-        "reward": reward,
+        "reward": None if stored.reward is None else _reward(stored.reward),
+        "collected": [_reward(each) for each in stored.collected],
         "end": stored.end,
         "next_decision_id": stored.next_id,
+    }
+
+
+def _reward(reward: StoredReward) -> dict[str, Any]:
+    record = decode_reward_record(reward.record) if reward.record else RewardRecord()
+    return {
+        "reward": reward.reward,
+        "reward_id": reward.reward_id or None,
+        "accepted_ms": reward.at_ms,
+        "metrics": record.metrics,
+        "sent": record.sent,
     }
 
 

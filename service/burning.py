@@ -5,8 +5,8 @@ When exploration halts is `safety/burn.py`'s to say; who keeps the counters is `
 Strategy: every replica reads, from the cursor that stands in Redis, and only the first to count up to a place moves it:
 so each outcome counts once, whoever reads, dies, or loses an answer. Redis hands out what was explored alone, without
 states. An outcome is a transition of an explored decision. It is an error when the action was not executed as answered
-(`void`), or was replaced by the fallback after the draw (`check_failed`); else its reward is looked at, the default one
-where none came in time.
+(`void`), its reward was out of the policy's range (`quarantined`), or it was replaced by the fallback after the draw
+(`check_failed`); else its reward is looked at, the default one where none came in time.
 Promise: at most once over all replicas; what nobody has read for `long_s` is not counted any more.
 """
 
@@ -120,4 +120,4 @@ def outcome(entry: list[Any]) -> tuple[bool, float | None] | None:
     record = _record.decode(raw)
     if not record.explored:
         return None
-    return join == b"void" or record.fallback is not None, float(reward) if reward else None
+    return join in (b"void", b"quarantined") or record.fallback is not None, float(reward) if reward else None

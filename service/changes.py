@@ -44,6 +44,7 @@ from service.clock import Clock
 from service.control import Going, Moved
 from service.gate import warnings_of
 from service.safeguards import fitting_rules
+from service.scalar import Scalar
 from service.standing import Document, PolicyState
 
 
@@ -87,6 +88,8 @@ class Changes:
         Raises InvalidField, BundleError, UnknownPolicy, GenerationMissing, GenerationMoved, StoreAway or BundlesAway.
         """
         state = await self._at(policy, expected)
+        if wanted.reward.expression is not None:
+            Scalar.read(wanted.reward.expression)
         if wanted.policy != policy:
             raise InvalidField(f"the deployment says policy {wanted.policy!r}, the path says {policy!r}", "policy")
         for label, at in wanted.by_role.items():

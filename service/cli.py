@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import Annotated
 
 import structlog
 import typer
@@ -13,15 +12,17 @@ import typer
 from policies.errors import SurefootError
 from service.cli_policy import app as policies
 from service.cli_safety import app as safety
+from service.cli_streams import add_to as add_streams
+from service.cli_transitions import app as transitions
 from service.settings import PREFIX, Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Serve reinforcement-learning policies.")
 config = typer.Typer(no_args_is_help=True, help="Settings.")
-transitions = typer.Typer(no_args_is_help=True, help="What trainers read.")
 app.add_typer(config, name="config")
 app.add_typer(policies, name="policy")
 app.add_typer(safety, name="safety")
 app.add_typer(transitions, name="transitions")
+add_streams(transitions)
 
 
 def main() -> None:
@@ -61,26 +62,6 @@ def replay(decision_id: str) -> None:
     outcome = asyncio.run(replay_decision(decision_id, load_settings()))
     print(json.dumps(outcome, indent=2))
     raise typer.Exit(0 if outcome["same"] else 1)
-
-
-@transitions.command("tail")
-def tail(
-    policy: str,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
-    count: Annotated[bool, typer.Option(help="Print only how many there are.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Stop after so many.")] = None,
-) -> None:
-    """Print transitions as JSON lines, oldest first."""
-    from service.replay import redis_url_of
-    from surefoot.streams import tail as read
-
-    number = 0
-    for transition in read(policy, redis_url_of(load_settings()), follow=follow, limit=limit):
-        number += 1
-        if not count:
-            print(json.dumps(transition))
-    if count:
-        print(number)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Duty: one place that says, byte for byte, what travels from `/act` and `/reward` through the spool to the join in
 Redis and on to trainers. It knows nothing of SQLite, Redis or HTTP.
-Strategy: an event is a msgpack array whose head is what the join script reads (`service/join.lua` unpacks it by
+Strategy: an event is a msgpack array whose head is what the join script reads (`service/join_script/` unpacks it by
 position), and whose element `record` is a msgpack map that the join carries along unread. Arrays travel as raw
 little-endian bytes. Lua's cmsgpack, as Redis and Valkey have it, knows no `bin` type, so bytes are written as `str`.
 Promise: a reader of this schema version reads all later minor additions (new record fields have defaults).
@@ -21,13 +21,20 @@ SCHEMA_VERSION = 1
 
 
 class RewardFlags(IntFlag):
-    """Bits of `RewardEvent.flags`; `service/join.lua` tests the same bits."""
+    """Bits of `RewardEvent.flags`; `service/join_script/` tests the same bits."""
 
     NONE = 0
     TERMINATED = 1
     TRUNCATED = 2
     FINAL = 4
     NOT_EXECUTED = 8
+
+
+class DecisionFlags(IntFlag):
+    """Bits of `DecisionEvent.flags`."""
+
+    NONE = 0
+    SWITCHED = 1  # another version decided the step before
 
 
 class DecisionEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -42,6 +49,8 @@ class DecisionEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
     state: bytes  # the observation, little-endian, dtype and shape in `record`
     mask: bytes  # one byte per choice, 1 allowed, factors side by side; or the box: float64 low and then high
     record: bytes  # msgpack of `Record`
+    log_propensity: str = ""  # repr of the log of the executed action's probability or density; "" where not known
+    flags: int = 0
     kind: str = "D"
 
 
@@ -59,6 +68,20 @@ class RewardEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
     reward: str  # repr of the float, so that no reader rounds it
     record: bytes  # msgpack of `RewardRecord`
     kind: str = "R"
+
+
+class EpisodeEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One accepted reward of a whole episode: it goes to the episode's last decision."""
+
+    episode: str
+    reward_id: str  # "" when the caller named none
+    digest: str  # as `RewardEvent.digest`, by (episode, reward_id)
+    at_ms: int  # event time at which it was accepted; the episode has ended by then
+    until_ms: int
+    flags: int  # terminated or truncated
+    reward: str
+    record: bytes  # msgpack of `RewardRecord`
+    kind: str = "E"
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -128,10 +151,11 @@ class RewardRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
     metrics: dict[str, float] | None = None
     traceparent: str | None = None
+    sent: float | None = None  # what the caller sent, where the policy's expression made another number of it
     v: int = SCHEMA_VERSION
 
 
-Event = DecisionEvent | RewardEvent
+Event = DecisionEvent | RewardEvent | EpisodeEvent
 
 _encoder = msgspec.msgpack.Encoder()
 _record = msgspec.msgpack.Decoder(Record)
@@ -139,6 +163,7 @@ _reward_record = msgspec.msgpack.Decoder(RewardRecord)
 _events = msgspec.msgpack.Decoder(list[list[msgspec.Raw]])
 _text = msgspec.msgpack.Decoder(str)
 _scalar = msgspec.msgpack.Decoder(int | str)
+_KINDS: dict[str, type[Event]] = {"D": DecisionEvent, "R": RewardEvent, "E": EpisodeEvent}
 _DECISION = _encoder.encode("D")  # how a decision event ends
 
 
@@ -200,7 +225,7 @@ def _bytes(raw: msgspec.Raw) -> bytes:
 
 
 def _event(columns: list[msgspec.Raw]) -> Event:
-    kind: type[Event] = DecisionEvent if _text.decode(columns[-1]) == "D" else RewardEvent
+    kind: type[Event] = _KINDS[_text.decode(columns[-1])]
     fields = msgspec.structs.fields(kind)
     values = [
         _bytes(raw) if field.type is bytes else _scalar.decode(raw) for field, raw in zip(fields, columns, strict=True)

@@ -1,4 +1,4 @@
-"""Where the events of one (policy, producer, epoch) stand: assigned, committed, shipped, applied. Pure.
+"""Where the events of one (policy, producer, epoch) stand: assigned, committed, shipped, applied, confirmed. Pure.
 
 Duty: the arithmetic of a lane, in seqs. Knows nothing of files, threads, Redis or clocks.
 Strategy: three marks on one line of seqs. `applied` is what Redis says it has; `next_seq` is read next; `end` is the
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from service.shipcall import Confirm, ShipCall
 from service.spool_file import Row
 
 
@@ -52,6 +53,10 @@ class Lane:
     row_limit: int | None = None  # most rows in a call, while a row that Redis refuses is being searched
     rejects_in_a_row: int = 0
     said_bye: bool = False
+    # Where rows count only once replicas have them:
+    confirms: bool = False
+    confirmed: int = 1  # replicas have everything before this seq, or it was stepped over
+    confirm_again_s: float = float("-inf")  # no call waits for replicas before this time
 
     def append(self, count: int, at_ms: int, blob: bytes) -> Row:
         row = Row(self.policy, self.assigned, count, at_ms, blob)
@@ -130,6 +135,23 @@ class Lane:
             events, size = events + row.count, size + len(row.blob)
         return batch
 
+    def call(self, rows: list[Row], now_ms: int, bye: bool, confirm: Confirm | None) -> ShipCall:
+        """Build the call that ships these rows, the next ones without a hole, or a heartbeat."""
+        first = rows[0].first_seq if rows else self.applied
+        return ShipCall(
+            policy=self.policy,
+            producer=self.producer,
+            epoch=self.epoch,
+            first_seq=first,
+            count=sum(row.count for row in rows),
+            through_ms=self.through_ms(rows, now_ms),
+            now_ms=now_ms,
+            force=first > self.applied,
+            bye=bye,
+            blobs=tuple(row.blob for row in rows),
+            confirm=confirm,
+        )
+
     def ack(self, last: int) -> None:
         """Redis has everything up to `last`."""
         self.known = True
@@ -143,10 +165,25 @@ class Lane:
             row = self.window.popleft()
             self.held.window -= len(row.blob)
 
+    def confirm(self) -> None:
+        """Replicas have what Redis said it has: to be called right after `ack`."""
+        self.confirmed = self.next_seq
+
+    @property
+    def unconfirmed(self) -> bool:
+        """Whether Redis has rows that its replicas have not confirmed."""
+        return self.confirms and self.confirmed < self.next_seq
+
+    @property
+    def releasable(self) -> int:
+        """The seq before which the spool may be let go, once it is old."""
+        return min(self.next_seq, self.confirmed) if self.confirms else self.next_seq
+
     def rewind(self, last: int) -> None:
         """Redis has only what is up to `last`: ship again from there."""
         self.known = True
         self.applied = self.next_seq = min(last + 1, self.end)
+        self.confirmed = min(self.confirmed, self.applied)
         if self.stored:
             self.head_ms = 0  # unknown until it is read
 

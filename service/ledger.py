@@ -4,8 +4,10 @@ Duty: give out sequence numbers, bound what waits, tell the caller when an event
 shipper reads. Knows nothing of Redis and of what is in a blob. Used from the event loop's thread alone.
 Strategy: an append is two queue operations; one thread writes, one reads back and tidies up; results come home
 through `call_soon_threadsafe`, one call for each commit.
-Promise (tier `process`): once `committed` is done the events survive SIGKILL of this process; if it fails they were not
-kept and their sequence numbers are given to others. Tier `memory` promises nothing beyond the process's life.
+Promise: once `committed` is done the events survive, by tier: the process's own life alone (`memory`); SIGKILL of it
+(`process`); power loss of this machine (`node`); the loss of this machine or of Redis's primary (`replicated`). If it
+fails they were not kept and their sequence numbers are given to others, but for `Unconfirmed`: kept as in `process`,
+and on their way.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ import structlog
 from policies.errors import LedgerBroken, LedgerFull
 from service.adoption import Adoption
 from service.clock import Clock
+from service.confirmation import Confirmation, State
 from service.lanes import Held, Lane
 from service.rejects import set_aside
+from service.shipcall import Confirm
 from service.slots import Slot
 from service.spool import KEEP_BYTES, KEEP_S, ROTATE_BYTES, Damage, Spool
-from service.spool_file import Row
+from service.spool_file import Row, sync_folder
 from service.writer import Writer
 
-Tier = Literal["memory", "process"]
+Tier = Literal["memory", "process", "node", "replicated"]
 MAX_BUFFER_BYTES = 64 << 20
 MIN_FREE_BYTES = 64 << 20
 PROBE_S = 1.0
@@ -54,6 +58,7 @@ class LedgerStatistics:
     waiting_rows: int  # for their commit
     held_bytes: int  # in memory: waiting for their commit, or committed and not yet shipped
     unshipped_events: int
+    unconfirmed_events: int  # tier `replicated`: appended, and not yet with Redis's replicas
     oldest_unshipped_ms: int | None
     commits: int
     lost_events: int
@@ -62,6 +67,7 @@ class LedgerStatistics:
     corrupt_files: int
     torn_tails: int
     files: int
+    discarded_files: int  # damaged or refused, kept for long enough, deleted
 
 
 class Ledger:
@@ -77,10 +83,16 @@ class Ledger:
         keep_bytes: int = KEEP_BYTES,
         keep_s: float = KEEP_S,
         probe_s: float = PROBE_S,
+        confirm: Confirm | None = None,
     ) -> None:
-        """Needs a running event loop. Tier `memory` takes no slot: its producer is a name that never comes back."""
+        """Needs a running event loop. Tier `memory` takes no slot: its producer is a name that never comes back.
+
+        `confirm` goes with tier `replicated`: whom to wait for, and how long.
+        """
         if (tier == "memory") != (slot is None):
-            raise ValueError("tier process needs a slot, tier memory takes none")
+            raise ValueError("tier memory takes no slot, the others need one")
+        if (tier == "replicated") != (confirm is not None):
+            raise ValueError("tier replicated needs to know whom to wait for, the others wait for nobody")
         self._slot = slot
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -89,9 +101,11 @@ class Ledger:
         self.producer = slot.producer if slot else f"memory-{secrets.token_hex(4)}"
         self.epoch = slot.epoch if slot else 1
         self.on_commit: Callable[[Lane], None] = lambda lane: None
+        self.confirm = confirm
         self._lanes: dict[str, Lane] = {}
+        self._confirmations: dict[str, Confirmation] = {}  # by policy, in tier `replicated`
         self._held = Held()
-        self._waiting: deque[tuple[Lane, asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[Lane, int, asyncio.Future[None]]] = deque()
         self._broken: str | None = None
         self._closed = False
         self._done: asyncio.Future[None] = self._loop.create_future()
@@ -99,6 +113,9 @@ class Ledger:
         self._spool: Spool | None = None
         self._adoption: Adoption | None = None
         if slot is not None:
+            if tier == "node":
+                for folder in (slot.path.parent, slot.path.parent.parent):  # the slot's own name, and its folder's
+                    sync_folder(folder)
             self._spool = Spool(
                 slot.path,
                 slot.producer,
@@ -106,8 +123,9 @@ class Ledger:
                 rotate_bytes=rotate_bytes,
                 keep_bytes=keep_bytes,
                 keep_s=keep_s,
+                fsync=tier == "node",
             )
-            self._adoption = Adoption(slot, keep_bytes=keep_bytes, keep_s=keep_s)
+            self._adoption = Adoption(slot, keep_bytes=keep_bytes, keep_s=keep_s, confirms=confirm is not None)
             self._reader = ThreadPoolExecutor(1, "spool-reader")
             self._writer = Writer(
                 self._spool,
@@ -124,7 +142,10 @@ class Ledger:
         """Give a policy its lane, so that this producer is heard of before its first event."""
         lane = self._lanes.get(policy)
         if lane is None:
-            lane = self._lanes[policy] = Lane(policy, self.producer, self.epoch, held=self._held)
+            confirms = self.confirm is not None
+            lane = self._lanes[policy] = Lane(policy, self.producer, self.epoch, held=self._held, confirms=confirms)
+            if self.confirm is not None:
+                self._confirmations[policy] = Confirmation(self._loop, self.confirm.wait_s)
         return lane
 
     def append_nowait(self, policy: str, count: int, blob: bytes, at_ms: int) -> Appended:
@@ -144,7 +165,7 @@ class Ledger:
             self.on_commit(lane)
             return Appended(row.first_seq, self._done)
         committed = self._loop.create_future()
-        self._waiting.append((lane, committed))
+        self._waiting.append((lane, row.end, committed))
         self._writer.put(row)
         return Appended(row.first_seq, committed)
 
@@ -154,15 +175,24 @@ class Ledger:
         held = self._held.pending + self._held.window
         return self._broken is None and not self._closed and held < self._max_buffer_bytes
 
+    def recording(self, policy: str) -> bool:
+        """Whether what is decided now will be recorded as the tier promises, as far as can be known beforehand."""
+        if not self.accepting or (self._spool is not None and self._writer.scarce):
+            return False
+        confirmation = self._confirmations.get(policy)
+        return self.confirm is None or (confirmation is not None and confirmation.state is State.CONFIRMING)
+
     def _post(self, callback: Callable[..., None], *values: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is waiting any more
             self._loop.call_soon_threadsafe(callback, *values)
 
     def _committed(self, count: int) -> None:
         for _ in range(count):
-            lane, committed = self._waiting.popleft()
+            lane, end, committed = self._waiting.popleft()
             lane.commit()
-            if not committed.done():
+            if (confirmation := self._confirmations.get(lane.policy)) is not None:
+                confirmation.kept(end, committed)
+            elif not committed.done():
                 committed.set_result(None)
             self.on_commit(lane)
         while self._held.window > self._max_window_bytes:
@@ -175,7 +205,7 @@ class Ledger:
         for lane in self._lanes.values():
             lane.abort()
         while self._waiting:
-            _, committed = self._waiting.popleft()
+            _, _, committed = self._waiting.popleft()
             if not committed.done():
                 committed.set_exception(LedgerBroken(detail))
                 committed.exception()  # seen: nobody needs to await it
@@ -184,6 +214,20 @@ class Ledger:
         log.info("ledger_recovered", was=self._broken)
         self._broken = None
         self._writer.resume()
+
+    # What replicas say, told by the shipper
+
+    def confirmed(self, lane: Lane) -> None:
+        """Replicas have everything of a lane that Redis has."""
+        lane.confirm()
+        if lane.live and (confirmation := self._confirmations.get(lane.policy)) is not None:
+            confirmation.confirmed(lane.next_seq)
+
+    def doubt(self, lane: Lane | None = None) -> None:
+        """A lane's call was not confirmed; None: Redis did not answer at all."""
+        for policy, confirmation in self._confirmations.items():
+            if lane is None or (lane.live and lane.policy == policy):
+                confirmation.doubt()
 
     # Reading, for the shipper
 
@@ -205,6 +249,8 @@ class Ledger:
         if self._slot is not None:
             await self._in_reader(set_aside, self._slot.path, lane.producer, lane.epoch, row, reason)
         lane.reject(row)
+        if lane.live and (confirmation := self._confirmations.get(lane.policy)) is not None:
+            confirmation.refuse(row.end)
 
     async def tidy(self) -> None:
         """Adopt what dead workers left, and delete files that are shipped and old. To be called every few seconds."""
@@ -212,8 +258,10 @@ class Ledger:
             return
         await self._in_reader(self._adoption.look_around)
         now_s = self._clock.monotonic_s()
-        await self._in_reader(self._spool.expire, {lane.policy: lane.next_seq for lane in self._lanes.values()}, now_s)
+        done = {lane.policy: lane.releasable for lane in self._lanes.values()}
+        await self._in_reader(self._spool.expire, done, now_s)
         await self._in_reader(self._adoption.expire, now_s)
+        await self._in_reader(self._adoption.discard, now_s, self._clock.event_ms())
 
     async def _in_reader(self, call: Callable[..., _T], *values: object) -> _T:
         return await self._loop.run_in_executor(self._reader, call, *values)
@@ -230,6 +278,7 @@ class Ledger:
             waiting_rows=len(self._waiting),
             held_bytes=self._held.pending + self._held.window,
             unshipped_events=sum(lane.unshipped for lane in lanes),
+            unconfirmed_events=sum(lane.assigned - lane.releasable for lane in lanes if lane.confirms),
             oldest_unshipped_ms=min((ms for lane in lanes if (ms := lane.oldest_ms) is not None), default=None),
             commits=self._writer.commits if self._spool else 0,
             lost_events=sum(lane.lost for lane in lanes) + (self._adoption.lost if self._adoption else 0),
@@ -238,6 +287,7 @@ class Ledger:
             corrupt_files=files,
             torn_tails=torn,
             files=sum(spool.files for spool in spools),
+            discarded_files=self._adoption.discarded if self._adoption else 0,
         )
 
     def _state(self) -> Literal["ok", "full", "broken", "closed"]:
@@ -254,6 +304,8 @@ class Ledger:
         self._closed = True
         if self._spool is not None and self._adoption is not None:
             await self._loop.run_in_executor(None, self._writer.stop)
+            for confirmation in self._confirmations.values():
+                confirmation.close()
             await self._loop.run_in_executor(None, self._reader.shutdown)
             self._spool.close()
             self._adoption.close()

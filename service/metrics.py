@@ -36,7 +36,11 @@ class JoinCounts(Protocol):
     @property
     def void(self) -> int: ...
     @property
+    def quarantined(self) -> int: ...
+    @property
     def late(self) -> int: ...
+    @property
+    def correction(self) -> int: ...
     @property
     def orphan(self) -> int: ...
     @property
@@ -126,7 +130,7 @@ class Metrics:
         )
         self.transitions = self._counter(
             "transitions",
-            "What left the join: transitions by state, and rewards kept as late or orphan.",
+            "What left the join: transitions by state, and rewards kept as late, correction or orphan.",
             "policy",
             "state",
         )
@@ -153,8 +157,38 @@ class Metrics:
         self.corrupt = self._gauge("ledger_corrupt_rows", "Spool rows that were torn or corrupt, and skipped.")
         self.corrupt_files = self._gauge("ledger_corrupt_files", "Spool files found damaged, rebuilt or set aside.")
         self.rejected = self._gauge("ledger_rejected_events", "Events that Redis refuses, set aside in rejected.db.")
-        self.ship_failures = self._gauge("ship_failures", "Calls of the join that Redis did not answer.")
+        self.unconfirmed = self._gauge("ledger_unconfirmed_events", "Events that Redis's replicas have not confirmed.")
+        self.discarded = self._gauge("ledger_discarded_files", "Files set aside long ago that were deleted.")
+        self.recording = self._gauge(
+            "ledger_recording", "Whether decisions are recorded as the tier promises (1) or not (0).", "policy"
+        )
+        self._ship_failures = self._counter(
+            "ship_failures", "Calls of the join that Redis did not answer as asked.", "reason"
+        )
         self.store_up = self._gauge("store_up", "Whether Redis answered the last call (1) or not (0).")
+        self.redis_info = self._gauge(
+            "redis_info",
+            "What the connected Redis is.",
+            *("version", "role", "appendonly", "appendfsync", "maxmemory_policy"),
+        )
+        self.redis_replicas = self._gauge("redis_replicas", "Replicas that are connected to it.")
+        self.redis_weakness = self._gauge(
+            "redis_weakness", "Whether it gives too little of something (1) or not (0).", "reason"
+        )
+        self.store_memory = self._gauge("store_memory_bytes", "Memory that Redis uses.")
+        self.store_memory_limit = self._gauge("store_memory_limit_bytes", "Its `maxmemory`; +Inf: none is set.")
+        of_stream, of_group = ("policy", "stream"), ("policy", "stream", "group")
+        self.stream_entries = self._gauge("stream_entries", "Entries of a stream.", *of_stream)
+        self.stream_bytes = self._gauge(
+            "stream_bytes", "Memory of a stream, about; NaN: Redis does not tell.", *of_stream
+        )
+        self.stream_oldest = self._gauge("stream_oldest_seconds", "Age of a stream's oldest entry.", *of_stream)
+        self.stream_trimmed = self._counter("stream_trimmed", "Entries trimmed by this worker.", *of_stream, "reason")
+        self.group_lag = self._gauge("group_lag", "Entries not yet delivered; NaN: Redis cannot tell.", *of_group)
+        self.group_pending = self._gauge("group_pending", "Entries delivered and not acknowledged.", *of_group)
+        self.group_abandoned = self._gauge(
+            "group_abandoned", "Whether nobody has asked for `group_ttl` (1) or somebody has (0).", *of_group
+        )
         self.loaded = self._gauge("loaded_versions", "Versions that are loaded and warm.", "policy")
         self.load_failures = self._counter(
             "version_load_failures", "Loads of a version that failed in this worker.", "policy"
@@ -166,11 +200,15 @@ class Metrics:
 
     def count_join(self, policy: str, counts: JoinCounts) -> None:
         """Add what one call of the join gave birth to."""
-        for state in ("joined", "defaulted", "void", "late", "orphan"):
+        for state in ("joined", "defaulted", "void", "quarantined", "late", "correction", "orphan"):
             born = getattr(counts, state)
             if born:
                 self.transitions.labels(policy, state).inc(born)
         self.pending.labels(policy).set(counts.pending)
+
+    def count_ship_failure(self, reason: str) -> None:
+        """Count a call of the join that failed. reason: of a fixed set."""
+        self._ship_failures.labels(reason).inc()
 
     def version(self, policy: str, version: str) -> VersionMetrics:
         """Give the handles of one version; their labels are resolved once."""

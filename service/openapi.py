@@ -40,7 +40,10 @@ _ROUTES: dict[str, tuple[str, str, str, str, dict[str, Any], dict[str, Any]]] = 
     ),
     "/v1/reward": (
         "Reward a decision", "RewardRequest", "RewardResponse", "202", _REWARD,
-        {"decision_id": _ID, "reward_id": None, "status": "joined", "duplicate": False},
+        {
+            "decision_id": _ID, "reward_id": None, "status": "joined", "duplicate": False, "episode": None,
+            "reward": 1.0,
+        },
     ),
     "/v1/reward/batch": (
         "Reward several decisions", "RewardBatchRequest", "RewardBatchResponse", "202", {"rewards": [_REWARD]}, {},

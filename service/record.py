@@ -22,7 +22,7 @@ from policies.types import Box, Choices, Role, columns
 from safety.fallback import reason
 from safety.joint import marginals
 from safety.types import Constraint, FallbackReason
-from service.decision import DecisionEvent, Event, Record, action_text, encode_events, encode_record
+from service.decision import DecisionEvent, DecisionFlags, Event, Record, action_text, encode_events, encode_record
 from service.plan import Group, Outcome, Settled
 from service.wire import INTERNAL, ActResponse, Exploration, PointDistribution, Safety
 
@@ -219,6 +219,8 @@ class _Rows:
             state=self._states[i],
             mask=self._masks[i],
             record=encode_record(record),
+            log_propensity=_log_propensity(record),
+            flags=int(DecisionFlags.SWITCHED) if record.switched else 0,
         )
 
     def response(self, i: int, record: Record) -> ActResponse:
@@ -296,6 +298,13 @@ class _Points:
             "raw_log_prob": known(self._raw_log_prob[i]),
             "at_bound": tuple(self._at_bound[i]),
         }
+
+
+def _log_propensity(record: Record) -> str:
+    """As the event's head has it: "" where it is not known."""
+    if record.log_propensity is not None:
+        return repr(record.log_propensity)
+    return repr(math.log(record.propensity)) if record.propensity else ""
 
 
 def known(number: float) -> float | None:

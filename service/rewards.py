@@ -11,23 +11,26 @@ lost, and the same reward may be sent again at any time.
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol, cast
 
-import msgspec
-
-from policies.errors import DecisionExpired, InvalidField, NotFinite, RewardConflict, SurefootError, UnknownDecision
-from policies.types import ActionSpec, ObservationSpec
+from policies.errors import (
+    DecisionExpired,
+    InvalidField,
+    MissingField,
+    RewardConflict,
+    SurefootError,
+    UnknownDecision,
+    UnknownPolicy,
+)
 from service.clock import Clock
-from service.decision import Event, RewardEvent, RewardFlags, RewardRecord, action_text, encode_events, encode_record
-from service.ids import DecisionId, Keyring
+from service.decision import EpisodeEvent, Event, RewardEvent, encode_events
+from service.ids import DecisionId, Keyring, policy_digest
 from service.ledger import Appended, Ledger
 from service.metrics import Metrics
-from service.states import StateReader
-from service.wire import ABSENT, RewardBatchRequest, RewardBatchResponse, RewardRequest, RewardResponse, Verdict
+from service.reward_events import Rewarded, episode_event, reward_event
+from service.wire import RewardBatchRequest, RewardBatchResponse, RewardRequest, RewardResponse, Verdict
 
 
 class Verdicts(Protocol):
@@ -39,22 +42,11 @@ class Verdicts(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rewarded:
-    """What rewards of one policy are checked against."""
-
-    policy: str
-    observation: ObservationSpec
-    action: ActionSpec
-    states: StateReader
-    window_ms: int
-    ended: Callable[[str], None] = lambda decision_id: None  # told the last decision of an episode that has ended
-
-
-@dataclass(frozen=True, slots=True)
 class _Checked:
     request: RewardRequest
-    decision: DecisionId
-    event: RewardEvent
+    policy: Rewarded
+    decision: DecisionId | None  # None: it is for a whole episode
+    event: RewardEvent | EpisodeEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,33 +113,31 @@ class Rewards:
         return RewardBatchResponse(await self._accept(checked))
 
     def _check(self, request: RewardRequest, traceparent: str | None) -> _Checked:
+        if request.episode is not None:
+            if request.decision_id is not None:
+                raise InvalidField("a reward is for a decision or for an episode, not for both", "episode")
+            policy = self._named(request.policy)
+            event = episode_event(request, policy, self._clock.event_ms(), traceparent)
+            return _Checked(request, policy, None, event)
+        if request.decision_id is None:
+            raise MissingField("a reward needs the decision_id that /act gave, or an episode", "decision_id")
         decision, policy = self.find(request.decision_id)
-        if not math.isfinite(request.reward):
-            raise NotFinite("the reward is not finite", "reward")
-        if request.terminated and request.truncated:
-            raise InvalidField("an episode ends either terminated or truncated", "truncated")
-        executed_action = ""
-        if request.executed_action is not None:
-            executed_action = action_text(policy.action.parse(request.executed_action, "executed_action"))
-        at_ms = self._clock.event_ms()
-        event = RewardEvent(
-            id=request.decision_id,
-            reward_id=request.reward_id or "",
-            digest=_digest(request),
-            at_ms=at_ms,
-            until_ms=at_ms + policy.window_ms,
-            flags=_flags(request),
-            executed_action=executed_action,
-            next_state=_next_state(request, policy),
-            reward=repr(request.reward),
-            record=encode_record(RewardRecord(metrics=request.metrics, traceparent=traceparent)),
-        )
-        return _Checked(request, decision, event)
+        return _Checked(request, policy, decision, reward_event(request, policy, self._clock.event_ms(), traceparent))
+
+    def _named(self, policy: str | None) -> Rewarded:
+        if policy is None:
+            if len(self._policies) != 1:
+                raise MissingField("several policies are loaded: say which one the episode is of", "policy")
+            return next(iter(self._policies.values()))
+        found = self._policies.get(policy_digest(policy))
+        if found is None:
+            raise UnknownPolicy(f"there is no policy {policy!r}", "policy")
+        return found
 
     async def _accept(self, checked: Sequence[_Checked]) -> list[RewardResponse]:
         by_policy: dict[str, list[int]] = {}
         for index, each in enumerate(checked):
-            by_policy.setdefault(self._policies[each.decision.policy].policy, []).append(index)
+            by_policy.setdefault(each.policy.policy, []).append(index)
         # Event times are stamped in `_check`; nothing is awaited between there and here.
         recorded = [self._append(policy, indices, checked) for policy, indices in by_policy.items()]
         responses: dict[int, RewardResponse] = {}
@@ -169,8 +159,8 @@ class Rewards:
         return [responses[index] for index in range(len(checked))]
 
     def _tell(self, checked: _Checked) -> None:
-        if checked.request.terminated or checked.request.truncated:
-            self._policies[checked.decision.policy].ended(checked.request.decision_id)
+        if checked.request.decision_id is not None and (checked.request.terminated or checked.request.truncated):
+            checked.policy.ended(checked.request.decision_id)
 
     def _append(self, policy: str, indices: list[int], checked: Sequence[_Checked]) -> _Recorded:
         events: list[Event] = [checked[index].event for index in indices]
@@ -184,40 +174,12 @@ class Rewards:
         verdict = future.result() if future.done() and not future.cancelled() else "accepted"
         duplicate = verdict == "duplicate"
         status = cast(Verdict, "joined" if duplicate else verdict)
+        reward = float(checked.event.reward)
         self._metrics.rewards.labels(policy, "duplicate" if duplicate else status).inc()
         if status in ("joined", "early", "accepted") and not duplicate:
-            self._metrics.reward_sum.labels(policy).inc(checked.request.reward)
-            delay_s = max(0, checked.event.at_ms - checked.decision.at_ms) / 1000
-            self._metrics.reward_delay.labels(policy).observe(delay_s)
-        return RewardResponse(checked.request.decision_id, checked.request.reward_id, status, duplicate)
-
-
-def _digest(request: RewardRequest) -> str:
-    """Digest of the canonical body: field order and spacing do not matter, values do."""
-    fields = msgspec.structs.asdict(request)
-    fields["next_state"] = msgspec.json.decode(request.next_state) if bytes(request.next_state) not in ABSENT else None
-    canonical = msgspec.json.encode(fields, order="deterministic")
-    return blake2b(canonical, digest_size=8).hexdigest()
-
-
-def _flags(request: RewardRequest) -> int:
-    flags = RewardFlags.NONE
-    if request.terminated:
-        flags |= RewardFlags.TERMINATED
-    if request.truncated:
-        flags |= RewardFlags.TRUNCATED
-    if request.final:
-        flags |= RewardFlags.FINAL
-    if not request.executed:
-        flags |= RewardFlags.NOT_EXECUTED
-    return int(flags)
-
-
-def _next_state(request: RewardRequest, policy: Rewarded) -> bytes:
-    if bytes(request.next_state) in ABSENT:
-        return b""
-    state = policy.observation.array([policy.states.read(request.next_state, "next_state")])
-    if policy.observation.first_not_finite(state) is not None:
-        found = policy.observation.refuse_not_finite(state[0])
-        raise NotFinite(found.detail, "next_" + (found.field or "state"))
-    return state.astype(policy.observation.wire_dtype).tobytes()
+            self._metrics.reward_sum.labels(policy).inc(reward)
+            if checked.decision is not None:
+                delay_s = max(0, checked.event.at_ms - checked.decision.at_ms) / 1000
+                self._metrics.reward_delay.labels(policy).observe(delay_s)
+        request = checked.request
+        return RewardResponse(request.decision_id, request.reward_id, status, duplicate, request.episode, reward)

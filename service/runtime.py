@@ -19,7 +19,8 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from policies.bundle_cache import BundleCache
-from policies.errors import NotReady, StoreAway
+from policies.deployment import DEPLOYMENT
+from policies.errors import ConfigError, InvalidField, NotReady
 from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
 from safety.breaker import Faults, Latency
@@ -40,14 +41,17 @@ from service.ledger import Ledger
 from service.loading import Loading
 from service.metrics import Metrics
 from service.redis_store import RedisStore
-from service.redis_streams import JoinConfig, RedisStreams, StoreFacts, connect
+from service.redis_streams import JoinConfig, RedisStreams, connect
 from service.rehearsal import Rehearsal
 from service.rewards import Rewards
+from service.scalar import Scalar
 from service.serving import Serving
 from service.settings import Settings
 from service.shipper import Shipper
 from service.slots import take_slot
+from service.store_watch import StoreWatch
 from service.tracing import Tracing
+from service.trimming import Rules, Trimming
 
 log = structlog.get_logger(__name__)
 
@@ -75,8 +79,9 @@ class Runtime:
     rehearsal: Rehearsal
     calibrations: Calibrations
     burning: Burning
+    trimming: Trimming
+    watch: StoreWatch
     draining: bool = False
-    store: StoreFacts | None = None
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
 
     def reasons(self) -> list[str]:
@@ -88,11 +93,7 @@ class Runtime:
 
     async def refresh_store(self) -> None:
         """Ask Redis what it is, and remember the answer for readiness and metrics."""
-        try:
-            self.store = await self.streams.probe()
-        except StoreAway:
-            self.store = None
-        self.metrics.store_up.set(self.store is not None)
+        await self.watch.refresh()
 
     def refresh_metrics(self) -> None:
         """Set the gauges that are read, not counted."""
@@ -105,7 +106,10 @@ class Runtime:
         self.metrics.corrupt.set(now.corrupt_rows)
         self.metrics.corrupt_files.set(now.corrupt_files)
         self.metrics.rejected.set(now.rejected_events)
-        self.metrics.ship_failures.set(self.shipper.statistics().failures)
+        self.metrics.unconfirmed.set(now.unconfirmed_events)
+        self.metrics.discarded.set(now.discarded_files)
+        for policy in self.policies:
+            self.metrics.recording.labels(policy).set(self.ledger.recording(policy))
         for policy, served in self.policies.items():
             for version, counts in served.coalescer.decider.breakers.view().items():
                 self.metrics.breaker_open.labels(policy, version, "faults").set(counts.faults is Faults.OPEN)
@@ -139,12 +143,14 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             tier=settings.durability,
             max_buffer_bytes=settings.ledger_buffer_bytes,
             min_free_bytes=settings.spool_min_free_bytes,
+            confirm=settings.confirm,
         )
         stack.push_async_callback(ledger.aclose)
         calibrations = Calibrations(streams, clock, metrics)
         stack.push_async_callback(calibrations.aclose)
         shipper = Shipper(ledger, streams, clock)
         shipper.on_shipped = calibrations.offer
+        shipper.on_failure = metrics.count_ship_failure
         stack.push_async_callback(shipper.drain, settings.grace_s)
         tracing = Tracing.from_environment(settings.trace_sample)
         stack.callback(tracing.close)
@@ -190,6 +196,8 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             Rehearsal(streams, clock),
             calibrations,
             Burning(streams, leases, metrics),
+            Trimming(streams, metrics, Rules.of(settings)),
+            StoreWatch(streams, metrics, settings.durability, ledger.confirm),
         )
         async with _loops(runtime):
             await runtime.refresh_store()
@@ -200,7 +208,13 @@ def read_seeds(settings: Settings, gate: Gate) -> list[StoredPolicy]:
     """Read the directory of the start. What ships with the package is trusted as the program is: it is not tried."""
     if settings.policies is None:
         return read_directory(BUNDLED)
-    return read_directory(settings.policies, gate.check)
+    found = read_directory(settings.policies, gate.check)
+    for seed in found:
+        try:
+            Scalar.read(seed.deployment.reward.expression or "reward")
+        except InvalidField as error:
+            raise ConfigError(f"{seed.name}/{DEPLOYMENT}: {error.detail}", error.field) from None
+    return found
 
 
 async def _wait_for_keyring(settings: Settings, streams: RedisStreams) -> Keyring:
@@ -264,6 +278,7 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("limits", runtime.guarding.run),
             ("calibration", lambda: runtime.calibrations.run(runtime.policies)),
             ("burning", lambda: runtime.burning.run(runtime.guarding.burn_limits)),
+            ("trimming", lambda: runtime.trimming.run(runtime.policies)),
         )
     ]
     try:

@@ -30,7 +30,8 @@ from service.memory_store import MemoryStore
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan
 from service.redis_streams import JoinConfig, RedisStreams
-from service.rewards import Rewarded
+from service.reward_events import Rewarded
+from service.scalar import Scalar
 from service.settings import Settings
 from service.shipper import Shipper
 from service.standing import SafetySide
@@ -62,13 +63,19 @@ class Serving:
 
     def publish(self, plan: Plan, deployment: Deployment) -> None:
         """Serve a policy by this plan from the next batch on."""
-        name, settings = plan.policy, self.settings
+        name, settings, (low, high) = plan.policy, self.settings, deployment.reward.range
         self.configs[name] = JoinConfig(
             max_lag_ms=int(settings.max_lag_s * 1000),
             record_ttl_ms=int(settings.record_ttl_s * 1000),
             # A successor's state must be there when its predecessor closes, however late its producer ships.
             successor_ttl_ms=int((deployment.reward.window_s + settings.max_lag_s) * 1000) + DAY_MS,
+            # A whole episode's reward comes within the window after its last decision, and may be given late.
+            episode_ttl_ms=int((deployment.reward.window_s + 2 * settings.max_lag_s) * 1000),
             default_reward=repr(deployment.reward.default),
+            aggregation=deployment.reward.aggregation,
+            low="-inf" if low is None else repr(low),
+            high="inf" if high is None else repr(high),
+            n_step=deployment.reward.n_step,
         )
         served = self.policies.get(name)
         if served is None:
@@ -82,6 +89,7 @@ class Serving:
             served.states,
             plan.window_ms,
             served.coalescer.decider.memories.ended if remembers(plan) else lambda decision_id: None,
+            None if deployment.reward.expression is None else Scalar.read(deployment.reward.expression),
         )
         self.policies[name] = served
         self._list(plan, deployment)

@@ -15,6 +15,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from policies.errors import ConfigError
+from service.shipcall import Confirm
+from surefoot.redis_url import parse
 
 PREFIX = "SUREFOOT_"
 
@@ -34,7 +36,8 @@ class Settings(BaseSettings):
         default=None, description="Directory of policies to load at start; unset: the bundled ones (CartPole)."
     )
     redis_url: SecretStr | None = Field(
-        default=None, description="redis://, rediss:// or unix:// URL; unset: an embedded Valkey in the data directory."
+        default=None,
+        description="Server, Sentinels or cluster (docs/redis.md); unset: an embedded Valkey in the data directory.",
     )
     store: str | None = Field(
         default=None,
@@ -48,8 +51,17 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where networks run; cuda without a usable GPU is an error, never a silent CPU."
     )
-    durability: Literal["memory", "process"] = Field(
-        "process", description="What an answered event survives: nothing (memory), SIGKILL (process)."
+    durability: Literal["memory", "process", "node", "replicated"] = Field(
+        "process",
+        description="What an answered event survives: nothing (memory), SIGKILL (process), power loss of this machine "
+        "(node), its loss (replicated).",
+    )
+    replication_replicas: int = Field(
+        1, ge=1, description="Replicas of Redis that must have an event on disk; for durability replicated."
+    )
+    # Several hundred times what a healthy pair with appendfsync always takes; everysec needs more than 2.
+    replication_timeout_s: Seconds = Field(
+        1.0, gt=0, le=60, description="An event waits this long for them; then rewards get 503."
     )
     workers: Literal[1] = Field(1, description="Worker processes. One for now: scale by replicas.")
 
@@ -82,6 +94,18 @@ class Settings(BaseSettings):
     record_ttl_s: Seconds = Field(
         86_400.0, ge=1, description="A closed decision's record stays readable for this long."
     )
+    # A trainer that is away for a week's holiday misses nothing; the size is some 700,000 small transitions.
+    stream_max_age_s: Seconds = Field(
+        604_800.0, ge=1, description="A stream that no group reads keeps its entries for this long."
+    )
+    stream_max_bytes: Bytes = Field(1 << 30, description="A stream that no group reads takes this much of Redis.")
+    # What `surefoot safety test` tries rules on by default.
+    stream_keep: int = Field(
+        1_000, ge=0, description="Newest entries of a stream that stay though every group has them."
+    )
+    group_ttl_s: Seconds = Field(
+        604_800.0, ge=1, description="A group that nobody asks for this long raises an alert; it is never removed."
+    )
     verdict_wait_s: Seconds = Field(0.05, description="A reward waits this long for the join's verdict.")
     idempotency_ttl_s: Seconds = Field(86_400.0, description="A repeated Idempotency-Key is recognised for this long.")
 
@@ -99,6 +123,19 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path else None
+
+    @property
+    def confirm(self) -> Confirm | None:
+        """Whom an event waits for before it counts as recorded."""
+        replicated = self.durability == "replicated"
+        return Confirm(self.replication_replicas, self.replication_timeout_s) if replicated else None
+
+    @field_validator("redis_url")
+    @classmethod
+    def _names_a_redis(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            parse(url.get_secret_value())
+        return url
 
     @property
     def is_loopback(self) -> bool:

@@ -6,6 +6,26 @@ Duty: the words that `service/shipper.py` and `service/redis_streams.py` share, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Who must have a call's events on disk before they count as recorded, and how long to wait for that."""
+
+    replicas: int
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Acks:
+    """Who has everything up to a call. `by`: on disk (`waitaof`), in memory (`wait`), or nobody could be asked."""
+
+    enough: bool
+    local: int
+    replicas: int
+    by: Literal["waitaof", "wait", "none"]
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +42,20 @@ class ShipCall:
     force: bool = False  # first_seq is right although it lies beyond what Redis has: the hole is known
     bye: bool = False  # nothing more comes from this lane
     blobs: tuple[bytes, ...] = ()
+    confirm: Confirm | None = None  # None: nobody waits for replicas
 
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """Everything up to `last` is applied; verdicts are those on the rewards of this call, by seq."""
+    """Everything up to `last` is applied; verdicts are those on the rewards of this call, by seq.
+
+    `acks` answers `ShipCall.confirm`: when they are enough, everything up to `last` is confirmed, whichever call
+    brought it.
+    """
 
     last: int
     verdicts: tuple[tuple[int, str], ...] = ()
+    acks: Acks | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@ Duty: when to call, with what, and what an answer means for the lane. Knows noth
 in a blob. One task for all lanes; one call in flight.
 Strategy: Redis remembers the last seq it applied from each producer. Whatever happens (lost reply, restart, failover,
 FLUSHALL, restored backup), either it skips what it has, or it answers `Gap last` and we ship again from there. Waiting
-between attempts happens here and nowhere else.
+between attempts happens here and nowhere else. Where rows count only once Redis's replicas have them, they go out at
+once, and a call that replicas confirm confirms everything up to `last`; while replicas are silent, one call a second
+waits for them, the others only ship.
 Promise: no committed event is stepped over but those that cannot be read any more (counted lost) and those that Redis
 refuses by themselves (kept aside, counted rejected).
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,10 +24,11 @@ from typing import Protocol
 import structlog
 
 from policies.errors import StoreAway
+from service.backoff import MAX_BACKOFF_S, Backoff
 from service.clock import Clock
 from service.lanes import Lane
 from service.ledger import Ledger
-from service.shipcall import Gap, Refused, ShipCall, Shipped
+from service.shipcall import Acks, Confirm, Gap, Refused, ShipCall, Shipped
 from service.spool_file import Row
 from service.verdicts import Verdicts
 
@@ -34,9 +38,9 @@ MAX_BYTES = 4 << 20
 LINGER_S = 0.05
 HEARTBEAT_S = 1.0
 TIDY_S = 5.0
-MAX_BACKOFF_S = 1.0
 QUICK_REJECTS = 8
-FIRST_BACKOFF_S = 0.02
+UNCONFIRMED = "unconfirmed"  # a reason beside those of StoreAway: replicas were too few, or too slow
+INTERNAL = "internal"  # a fault of ours
 
 log = structlog.get_logger(__name__)
 
@@ -52,9 +56,10 @@ class Streams(Protocol):
 class ShipperStatistics:
     calls: int
     gaps: int
-    failures: int  # calls that Redis did not answer
+    failures: dict[str, int]  # calls that Redis did not answer, or not as asked, by reason
     away_since_s: float | None  # by the monotonic clock; None: the last call was answered
     waiting_verdicts: int
+    acks: Acks | None  # what replicas said last
 
 
 class Shipper:
@@ -64,19 +69,21 @@ class Shipper:
         self._ledger = ledger
         self._streams = streams
         self._clock = clock
-        self._jitter = jitter
+        self._backoff = Backoff(jitter)
+        self._linger_s = LINGER_S if ledger.confirm is None else 0.0
         self._verdicts = Verdicts()
         self._turn = asyncio.Lock()  # `run` and `drain` take turns
         self._wake = asyncio.Event()
         self._hurry = False
         self._closing = False
         self._tidied_s = float("-inf")
-        self._retry_s = float("-inf")  # not before this time
-        self._attempts = 0
-        self._away_since_s: float | None = None
-        self._calls = self._gaps = self._failures = 0
+        self._calls = self._gaps = 0
+        self._failures: Counter[str] = Counter()
+        self._acks: Acks | None = None
         # Told of rows once Redis has them; of the same ones again when Redis has lost them and they were shipped again.
         self.on_shipped: Callable[[Lane, list[Row]], None] = lambda lane, rows: None
+        # Told the reason of each call that failed.
+        self.on_failure: Callable[[str], None] = lambda reason: None
         ledger.on_commit = self._on_commit
 
     # For the rest of the service
@@ -96,12 +103,13 @@ class Shipper:
         self._wake.set()
 
     def statistics(self) -> ShipperStatistics:
-        return ShipperStatistics(self._calls, self._gaps, self._failures, self._away_since_s, len(self._verdicts))
+        away_since_s, waiting = self._backoff.away_since_s, len(self._verdicts)
+        return ShipperStatistics(self._calls, self._gaps, dict(self._failures), away_since_s, waiting, self._acks)
 
     @property
     def retry_in_s(self) -> float:
         """How long until the next call may be made; 0 when Redis is not away."""
-        return max(0.0, self._retry_s - self._clock.monotonic_s())
+        return max(0.0, self._backoff.retry_s - self._clock.monotonic_s())
 
     # The loop
 
@@ -112,7 +120,7 @@ class Shipper:
                 progress = await self.run_once()
             except Exception:
                 log.exception("shipping_failed")
-                self._back_off()
+                self._back_off(INTERNAL)
                 progress = False
             if not progress:
                 await self._idle(HEARTBEAT_S)
@@ -120,7 +128,7 @@ class Shipper:
     async def run_once(self) -> bool:
         """Visit every lane once, with one call at most for each. Return whether events moved."""
         async with self._turn:
-            if self._clock.monotonic_s() < self._retry_s:
+            if self._clock.monotonic_s() < self._backoff.retry_s:
                 return False
             await self._tidy()
             self._hurry, hurry = False, self._hurry
@@ -130,7 +138,7 @@ class Shipper:
                     progress |= await self._visit(lane, hurry or self._closing)
                 except StoreAway as error:
                     self._hurry |= hurry
-                    self._back_off(error.detail)
+                    self._back_off(error.reason, error.detail)
                     return False
             return progress
 
@@ -156,7 +164,7 @@ class Shipper:
         """Wait until something is due or somebody wakes us."""
         now = self._clock.monotonic_s()
         wait_s = min([most_s, *(self._due_s(lane) - now for lane in self._ledger.lanes())])
-        wait_s = max(wait_s, self._retry_s - now)
+        wait_s = max(wait_s, self._backoff.retry_s - now)
         if wait_s > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait_s)
@@ -164,7 +172,9 @@ class Shipper:
 
     def _due_s(self, lane: Lane) -> float:
         beat = lane.called_s + HEARTBEAT_S
-        due = beat if lane.waiting_since_s is None else min(beat, lane.waiting_since_s + LINGER_S)
+        due = beat if lane.waiting_since_s is None else min(beat, lane.waiting_since_s + self._linger_s)
+        if lane.unconfirmed:
+            due = min(due, lane.confirm_again_s)
         return max(due, lane.blocked_until_s)
 
     def _on_commit(self, lane: Lane) -> None:
@@ -192,6 +202,7 @@ class Shipper:
             raise
         except Exception:  # a heartbeat refused, a disk that cannot be read: this lane waits, the others go on
             log.exception("lane_failed", policy=lane.policy, producer=lane.producer, epoch=lane.epoch)
+            self._count(INTERNAL)
             lane.blocked_until_s = now + MAX_BACKOFF_S
             return False
 
@@ -201,14 +212,15 @@ class Shipper:
         if lane.next_seq < lane.end and (hurry or self._ripe(lane, now)):
             return await self._ship(lane)
         bye_is_due = self._closing and lane.drained and not lane.said_bye
-        if bye_is_due or now - lane.called_s >= HEARTBEAT_S:
+        confirming_is_due = lane.unconfirmed and now >= lane.confirm_again_s
+        if bye_is_due or confirming_is_due or now - lane.called_s >= HEARTBEAT_S:
             await self._call(lane, [])
         return False
 
     def _ripe(self, lane: Lane, now: float) -> bool:
         if not lane.live or lane.stored or lane.end - lane.next_seq >= BATCH_EVENTS:
             return True
-        return lane.waiting_since_s is None or now - lane.waiting_since_s >= LINGER_S
+        return lane.waiting_since_s is None or now - lane.waiting_since_s >= self._linger_s
 
     async def _ship(self, lane: Lane) -> bool:
         rows = await self._next_rows(lane)
@@ -244,7 +256,7 @@ class Shipper:
     async def _call(self, lane: Lane, rows: list[Row]) -> bool:
         """Make one call and move the lane by its answer. Return whether the lane moved."""
         bye = not rows and lane.drained and (self._closing or not lane.live)
-        call = self._build(lane, rows, bye)
+        call = lane.call(rows, self._clock.event_ms(), bye, self._confirm(lane))
         before = lane.known, lane.next_seq
         reply = await self._streams.ship(call)
         self._answered(lane)
@@ -256,6 +268,8 @@ class Shipper:
         if reply.last >= lane.assigned:
             log.error("join_is_ahead", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)
         lane.ack(reply.last)
+        if reply.acks is not None:
+            self._judge(lane, reply.acks)
         lane.said_bye = bye
         lane.waiting_since_s = None if lane.next_seq >= lane.end else self._clock.monotonic_s()
         if rows:
@@ -268,38 +282,38 @@ class Shipper:
                 self._verdicts.resolve(lane.policy, seq, verdict)
         return before != (lane.known, lane.next_seq)
 
-    def _build(self, lane: Lane, rows: list[Row], bye: bool) -> ShipCall:
-        first = rows[0].first_seq if rows else lane.applied
-        now_ms = self._clock.event_ms()
-        return ShipCall(
-            policy=lane.policy,
-            producer=lane.producer,
-            epoch=lane.epoch,
-            first_seq=first,
-            count=sum(row.count for row in rows),
-            through_ms=lane.through_ms(rows, now_ms),
-            now_ms=now_ms,
-            force=first > lane.applied,
-            bye=bye,
-            blobs=tuple(row.blob for row in rows),
-        )
+    def _confirm(self, lane: Lane) -> Confirm | None:
+        """Whom this call is to wait for: while replicas do not confirm, nobody most of the time."""
+        return None if self._clock.monotonic_s() < lane.confirm_again_s else self._ledger.confirm
+
+    def _judge(self, lane: Lane, acks: Acks) -> None:
+        """Take what replicas said of everything that Redis has of a lane."""
+        self._acks = acks
+        if acks.enough == (lane.confirm_again_s > float("-inf")):
+            log.warning("replication", policy=lane.policy, confirms=acks.enough, by=acks.by, detail=acks.detail)
+        if acks.enough:
+            lane.confirm_again_s = float("-inf")
+            self._ledger.confirmed(lane)
+            return
+        lane.confirm_again_s = self._clock.monotonic_s() + HEARTBEAT_S
+        self._ledger.doubt(lane)
+        self._count(UNCONFIRMED)
 
     def _answered(self, lane: Lane) -> None:
         lane.called_s = self._clock.monotonic_s()
         self._calls += 1
-        self._attempts = 0
-        self._away_since_s = None
+        self._backoff.answered()
 
-    def _back_off(self, detail: str = "") -> None:
-        """Wait before the next call: exponential with full jitter, so that workers do not return in step."""
-        now = self._clock.monotonic_s()
-        if self._away_since_s is None:
-            self._away_since_s = now
-            log.warning("join_away", detail=detail)
-        self._failures += 1
-        ceiling = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._attempts, 10))
-        self._attempts += 1
-        self._retry_s = now + ceiling * self._jitter()
+    def _back_off(self, reason: str, detail: str = "") -> None:
+        """Wait before the next call."""
+        if self._backoff.failed(self._clock.monotonic_s()):
+            log.warning("join_away", reason=reason, detail=detail)
+        self._ledger.doubt()
+        self._count(reason)
+
+    def _count(self, reason: str) -> None:
+        self._failures[reason] += 1
+        self.on_failure(reason)
 
     async def _isolate(self, lane: Lane, rows: list[Row], reason: str) -> bool:
         """Find the row that Redis refuses, by halves; keep it aside once it stands alone."""

@@ -44,13 +44,16 @@ class Spool:
         rotate_bytes: int = ROTATE_BYTES,
         keep_bytes: int = KEEP_BYTES,
         keep_s: float = KEEP_S,
+        fsync: bool = False,
     ) -> None:
+        """`fsync`: what is written survives power loss, not only SIGKILL. The folder's own name must be on disk."""
         self.path = path
         self.producer = producer
         self.epoch = epoch
         self._rotate_bytes = rotate_bytes
         self._keep_bytes = keep_bytes
         self._keep_s = keep_s
+        self._fsync = fsync
         self._lock = threading.Lock()  # held to replace `_files`, never during I/O
         self._files: tuple[SpoolFile, ...] = ()
         self._current: SpoolFile | None = None
@@ -99,7 +102,7 @@ class Spool:
     def start_new_file(self) -> None:
         """Write to a new file from now on. Raises sqlite3.Error or OSError when there is no room for one."""
         self.finish_file()
-        file = SpoolFile.create(self.path / f"{self.epoch}-{self._next}.db")
+        file = SpoolFile.create(self.path / f"{self.epoch}-{self._next}.db", fsync=self._fsync)
         self._next += 1
         with self._lock:
             self._current = file

@@ -3,8 +3,9 @@
 Duty: commit rows and give them back. Knows nothing of other files, shipping, Redis or event loops; `write` belongs to
 one thread, reading to one other.
 Strategy: one table keyed by lane number (upper bits) and first seq, so that a lane reads back as one range; never
-checkpointed (a checkpoint stalls commits). `synchronous=OFF` writes to the page cache, which survives SIGKILL;
-surviving power loss is another tier's promise.
+checkpointed (a checkpoint stalls commits). `synchronous=OFF` writes to the page cache, which survives SIGKILL; with
+`fsync` each commit is on disk before it returns (`synchronous=FULL`: in WAL mode, one fsync of the log), and so is the
+name of the file, which survives power loss.
 Promise: what `write` returned from is read back byte for byte, or its key is in `damaged`; damage found while reading
 never raises, and costs the rows it hit.
 """
@@ -12,6 +13,7 @@ never raises, and costs the rows it hit.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import struct
 from collections.abc import Generator
@@ -33,7 +35,7 @@ _COUNTS = 1 << 16  # more events than any row has
 _SUFFIXES = ("", "-wal", "-shm")
 _KEY = struct.Struct(">qqq")
 # Without spilling, frames are written by commits alone, one after the other.
-_PRAGMAS = ("synchronous=OFF", f"page_size={PAGE}", "journal_mode=WAL", "wal_autocheckpoint=0", "cache_spill=OFF")
+_PRAGMAS = (f"page_size={PAGE}", "journal_mode=WAL", "wal_autocheckpoint=0", "cache_spill=OFF")
 _TABLE = (
     "CREATE TABLE row (key INTEGER PRIMARY KEY, policy BLOB, count INTEGER, at_ms INTEGER, crc32 INTEGER, blob BLOB)"
 )
@@ -79,13 +81,16 @@ class SpoolFile:
         self._reader: sqlite3.Connection | None = None
 
     @classmethod
-    def create(cls, path: Path) -> SpoolFile:
+    def create(cls, path: Path, *, fsync: bool = False) -> SpoolFile:
+        """Make a new file. Raises sqlite3.Error or OSError; then nothing is left of it."""
         file = cls(path)
         try:
             file._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for pragma in _PRAGMAS:
+            for pragma in (f"synchronous={'FULL' if fsync else 'OFF'}", *_PRAGMAS):
                 file._writer.execute(f"PRAGMA {pragma}").fetchall()
             file._writer.execute(_TABLE)
+            if fsync:
+                sync_folder(path.parent)
             file._connect()
         except (sqlite3.Error, OSError):
             file.delete()
@@ -198,6 +203,15 @@ class SpoolFile:
         return [self.path.with_name(self.path.name + suffix) for suffix in _SUFFIXES]
 
 
+def sync_folder(folder: Path) -> None:
+    """Put the names of a folder's files on disk: an fsync of a file does not cover its name."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _crc(policy: bytes, key: int, count: int, at_ms: int, blob: bytes) -> int:
     return crc32(blob, crc32(policy, crc32(_KEY.pack(key, count, at_ms))))
 
@@ -231,11 +245,13 @@ def rebuild(path: Path) -> bool:
     draft = path.with_name(path.name + ".rebuilt")
     draft.unlink(missing_ok=True)
     with closing(sqlite3.connect(draft, isolation_level=None)) as database:
-        for statement in ("PRAGMA journal_mode=OFF", "PRAGMA synchronous=OFF", _TABLE, "BEGIN"):
+        # On disk before it takes the log's place: a power loss in between must not cost both. It happens seldom.
+        for statement in ("PRAGMA journal_mode=OFF", "PRAGMA synchronous=FULL", _TABLE, "BEGIN"):
             database.execute(statement).fetchall()
         database.executemany(_INSERT, rows)
         database.execute("COMMIT")
     draft.replace(path)
+    sync_folder(path.parent)
     log_of(path).rename(path.with_name(path.name + "-wal.corrupt"))
     path.with_name(path.name + "-shm").unlink(missing_ok=True)
     return True

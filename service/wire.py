@@ -144,10 +144,15 @@ class ActBatchResponse(Struct, frozen=True):
 
 
 class RewardRequest(Struct, forbid_unknown_fields=True, frozen=True):
-    """Reward one decision."""
+    """Reward one decision, or by `episode` (and `policy`, where several are loaded) a whole episode.
 
-    decision_id: Annotated[str, Meta(max_length=256)]
-    reward: float
+    `reward` may be left out where the policy's expression makes it of `metrics`.
+    """
+
+    decision_id: Annotated[str, Meta(max_length=256)] | None = None
+    reward: float | None = None
+    episode: Name | None = None
+    policy: Name | None = None
     reward_id: Name | None = None
     final: bool = False
     next_state: Raw = msgspec.field(default_factory=Raw)
@@ -162,17 +167,23 @@ class RewardBatchRequest(Struct, forbid_unknown_fields=True, frozen=True):
     rewards: list[RewardRequest]
 
 
-Verdict = Literal["joined", "early", "late", "conflict", "accepted"]
+Verdict = Literal["joined", "early", "late", "correction", "quarantined", "conflict", "accepted"]
 
 
 class RewardResponse(Struct, frozen=True):
-    """`joined`: it is the decision's reward. `early`: waits for the decision's record. `late`: kept on the late stream.
-    `accepted`: durable, the join has not answered yet. `conflict`, in a batch only: another reward stands."""
+    """A reward that is durable, and what the join made of it.
 
-    decision_id: str
+    `joined`: it is the decision's reward, or a part of it. `early`: it waits for the decision's record, or for the end
+    of its episode. `late`: kept on the late stream. `correction`: in time, but the default had left. `quarantined`:
+    outside the policy's range. `accepted`: the join has not answered yet. `conflict`, in a batch only: another stands.
+    """
+
+    decision_id: str | None
     reward_id: str | None
     status: Verdict
     duplicate: bool = False
+    episode: str | None = None
+    reward: float | None = None  # as it was recorded
 
 
 class RewardBatchResponse(Struct, frozen=True):

@@ -3,7 +3,8 @@
 Duty: group commits, notice a disk that is full or broken, and try again until it is not. Knows nothing of lanes,
 futures or shipping; it reports through three callbacks, called in this thread.
 Strategy: after a failure every row in the queue is dropped, because the ledger gives their seqs out again; only what is
-put behind `resume` is written. Low disk is refused before SQLite meets it, so that the reserve is left for shipping.
+put behind `resume` is written. Low disk is refused before SQLite meets it, so that the reserve is left for shipping; a
+little before that `scarce` says so, for those who must not rely on the next commit.
 Promise: `on_commit(n)` means that the n oldest rows are committed, in order; after `on_failure` none of the waiting
 rows will be.
 """
@@ -23,6 +24,8 @@ from service.spool_file import Row
 # One commit holds at most this much, so that its first row does not wait for a flood behind it.
 MAX_COMMIT_ROWS = 1024
 MAX_COMMIT_BYTES = 4 << 20
+# Above the reserve: 16 of the largest commits, so that low disk is known before one is refused.
+SCARCE_BYTES = 64 << 20
 
 
 class _Signal(Enum):
@@ -52,6 +55,7 @@ class Writer:
         self._probing = False  # the spool has not been writable since the failure
         self._stopping = False
         self.commits = 0
+        self.scarce = False  # little more than the reserve was free at the last commit
         self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._thread.start()
 
@@ -125,5 +129,6 @@ class Writer:
     def _check_disk(self) -> None:
         disk = os.statvfs(self._spool.path)
         free = disk.f_bavail * disk.f_frsize
+        self.scarce = self._min_free_bytes > 0 and free < self._min_free_bytes + SCARCE_BYTES
         if free < self._min_free_bytes:
             raise OSError(f"{free >> 20} MiB of disk are free, {self._min_free_bytes >> 20} MiB are kept in reserve")

@@ -1,6 +1,7 @@
 """Surefoot for applications and trainers: ask for actions, post rewards, read transitions.
 
-`Client` and `AsyncClient` speak HTTP to the service; `transitions` reads a policy's stream in Redis as numpy batches.
+`Client` and `AsyncClient` speak HTTP to the service; `transitions` reads a policy's stream in Redis as numpy
+batches, `corrections` what has to be changed in them.
 Everything a user of the package needs is named in `__all__`; what is not may change.
 """
 
@@ -8,6 +9,7 @@ from surefoot.answers import BatchDecisions, Decision, PointDistribution, Reward
 from surefoot.async_client import AsyncClient
 from surefoot.batch import Batch
 from surefoot.client import Client
+from surefoot.corrections import Correction, Corrections, corrections
 from surefoot.errors import (
     ApiError,
     BodyTooLarge,
@@ -34,15 +36,18 @@ from surefoot.errors import (
 )
 from surefoot.estimate import Estimate, behind_masks, estimate, evaluate
 from surefoot.points import log_prob
-from surefoot.streams import transitions
+from surefoot.streams import AsyncTransitions, Transitions, transitions, transitions_async
 
 __all__ = [
     "ApiError",
     "AsyncClient",
+    "AsyncTransitions",
     "Batch",
     "BatchDecisions",
     "BodyTooLarge",
     "Client",
+    "Correction",
+    "Corrections",
     "Decision",
     "DecisionExpired",
     "Estimate",
@@ -59,6 +64,7 @@ __all__ = [
     "RewardConflict",
     "RewardReceipt",
     "SurefootError",
+    "Transitions",
     "Unauthorized",
     "Unavailable",
     "UnknownAction",
@@ -68,8 +74,10 @@ __all__ = [
     "Unreachable",
     "Unreadable",
     "behind_masks",
+    "corrections",
     "estimate",
     "evaluate",
     "log_prob",
     "transitions",
+    "transitions_async",
 ]

@@ -81,11 +81,23 @@ class RewardOptions(TypedDict, total=False):
     metrics: Mapping[str, float] | None  # recorded with the reward
 
 
-class RewardItem(RewardOptions):
-    """One element of `reward_batch`."""
+class RewardItem(RewardOptions, total=False):
+    """One element of `reward_batch`; a whole episode's has `episode` in place of `decision_id`."""
 
     decision_id: str
-    reward: Number
+    reward: Number | None
+    episode: str
+    policy: str | None
+
+
+class EpisodeOptions(TypedDict, total=False):
+    """What `reward_episode` takes besides episode and value."""
+
+    policy: str | None  # may be left out where one is loaded
+    reward_id: str | None
+    terminated: bool  # it ended by itself; so it is where nothing is said
+    truncated: bool  # a limit cut it
+    metrics: Mapping[str, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +242,13 @@ def act_batch(
     return Call("POST", "/v1/act/batch", answers.read_batch, _encode(body), repeatable=False)
 
 
-def reward(decision_id: str, value: Number, **options: Any) -> Call[RewardReceipt]:
-    body = _reward_body("", decision_id, value, **options)
+def reward(decision_id: str, value: Number | None, **options: Any) -> Call[RewardReceipt]:
+    body = _reward_body("", value, decision_id=decision_id, **options)
+    return Call("POST", "/v1/reward", answers.read_receipt, _encode(body))
+
+
+def reward_episode(episode: str, value: Number | None, **options: Any) -> Call[RewardReceipt]:
+    body = _reward_body("", value, episode=episode, **options)
     return Call("POST", "/v1/reward", answers.read_receipt, _encode(body))
 
 
@@ -239,16 +256,17 @@ def reward_batch(rewards: Sequence[Mapping[str, Any]]) -> Call[list[RewardReceip
     bodies = []
     for index, item in enumerate(rewards):
         options = dict(item)
-        decision_id, value = options.pop("decision_id"), options.pop("reward")
-        bodies.append(_given(_reward_body(f"rewards[{index}].", decision_id, value, **options)))
+        bodies.append(_given(_reward_body(f"rewards[{index}].", options.pop("reward", None), **options)))
     return Call("POST", "/v1/reward/batch", answers.read_receipts, _encode({"rewards": bodies}))
 
 
 def _reward_body(
     path: str,
-    decision_id: str,
-    value: Number,
+    value: Number | None,
     *,
+    decision_id: str | None = None,
+    episode: str | None = None,
+    policy: str | None = None,
     reward_id: str | None = None,
     final: bool = False,
     next_state: Any = None,
@@ -261,7 +279,9 @@ def _reward_body(
     # bool(): environments written with numpy return numpy.bool.
     return {
         "decision_id": decision_id,
-        "reward": number(value, f"{path}reward"),
+        "episode": episode,
+        "policy": policy,
+        "reward": None if value is None else number(value, f"{path}reward"),
         "reward_id": reward_id,
         "final": bool(final) or None,
         "next_state": plain(next_state, f"{path}next_state"),

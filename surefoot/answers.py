@@ -87,14 +87,18 @@ class Decision(msgspec.Struct, frozen=True):
 class RewardReceipt(msgspec.Struct, frozen=True):
     """A reward that is durable. `status` says what the join made of it.
 
-    `joined`: it is the decision's reward. `early`: it waits for the decision's record. `late`: it is kept on the late
-    stream. `accepted`: the join has not answered yet. `conflict`, in a batch only: another reward stands.
+    `joined`: it is the decision's reward, or a part of it. `early`: it waits for the decision's record, or for the end
+    of its episode. `late`: it is kept on the late stream. `correction`: in time, but the default had left.
+    `quarantined`: outside the policy's range. `accepted`: the join has not answered yet. `conflict`, in a batch only:
+    another reward stands.
     """
 
-    decision_id: str
+    decision_id: str | None  # None: it is for a whole episode
     reward_id: str | None
     status: str
     duplicate: bool = False
+    episode: str | None = None
+    reward: float | None = None  # as it was recorded: of `metrics`, where the policy has an expression
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,17 @@ import httpx
 
 from surefoot import _protocol as protocol
 from surefoot._http import DEFAULT_URL, ClientOptions, Options, failure, reply
-from surefoot._protocol import ActBatchOptions, ActOptions, Attempts, Call, Number, Outcome, RewardItem, RewardOptions
+from surefoot._protocol import (
+    ActBatchOptions,
+    ActOptions,
+    Attempts,
+    Call,
+    EpisodeOptions,
+    Number,
+    Outcome,
+    RewardItem,
+    RewardOptions,
+)
 from surefoot.answers import BatchDecisions, Decision, RewardReceipt
 
 T = TypeVar("T")
@@ -33,9 +43,20 @@ class AsyncClient:
         """Ask for an action for each of several states; see `Client.act_batch`."""
         return await self._call(protocol.act_batch(states, **options))
 
-    async def reward(self, decision_id: str, reward: Number, **options: Unpack[RewardOptions]) -> RewardReceipt:
+    async def reward(
+        self, decision_id: str, reward: Number | None = None, **options: Unpack[RewardOptions]
+    ) -> RewardReceipt:
         """Post the reward of a decision; see `Client.reward`."""
         return await self._call(protocol.reward(decision_id, reward, **options))
+
+    async def reward_episode(
+        self, episode: str, reward: Number | None = None, **options: Unpack[EpisodeOptions]
+    ) -> RewardReceipt:
+        """Post the reward of a whole episode, which has ended; it goes to its last decision.
+
+        Options: `policy`, `reward_id`, `terminated`, `truncated`, `metrics`; see `EpisodeOptions`.
+        """
+        return await self._call(protocol.reward_episode(episode, reward, **options))
 
     async def reward_batch(self, rewards: Sequence[RewardItem]) -> list[RewardReceipt]:
         """Post several rewards; see `Client.reward_batch`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ class Batch:
     An action is an index (discrete), F indices (multi_discrete, `nvec` has the sizes of the factors), or D numbers
     (continuous). N is the number of choices, sum(nvec), factors side by side; 0 for continuous actions. D is 0 for all
     others. Strings are object arrays of `str`, "" where there is none.
+
+    In a batch of n-step transitions (`transitions(..., n_step=True)`) everything is about the first step, but
+    `next_states`, `next_masks`, `next_boxes`, `bootstrap`, `ends`, `terminated` and `truncated`, which are about the
+    last, and `rewards`, `log_propensities`, `step_ids` and `step_joins`, which have a column for each step.
     """
 
     policy: str
@@ -40,14 +44,15 @@ class Batch:
     ids: Strings  # [B] decision ids
     states: Array  # [B, *shape], dtype of the observation
     actions: Array  # int64 [B] or [B, F], float64 [B, D]: executed actions
-    rewards: Floats  # [B] NaN where the decision was voided
+    rewards: Floats  # [B] NaN where there is none: see `join_states`; of n steps [B, n_max], NaN-padded
     next_states: Array  # [B, *shape] zeros where there is none: look at `bootstrap` first
     terminated: Bools  # [B] the environment ended the episode here
     truncated: Bools  # [B] a limit cut the episode here
     bootstrap: Bools  # [B] whether the value of `next_states` may be added
     ends: Strings  # [B] none | terminated | truncated | lost | single
     propensities: Floats  # [B] probability of the executed action; NaN where it is not known, or is a density
-    log_propensities: Floats  # [B] its log, or the log of a density: see `propensity_kinds`; NaN where it is not known
+    log_propensities: Floats  # [B] its log, or that of a density: see `propensity_kinds`; NaN where it is not known; of
+    # n steps [B, n_max], NaN-padded
     propensity_kinds: Strings  # [B] mass | density | mixed
     behaviour: Floats  # [B, N] what each factor's choice was drawn from
     target: Floats  # [B, N] the version's distribution before mask and exploration; [B, 2·D] raw means, then deviations
@@ -70,7 +75,10 @@ class Batch:
     producers: Strings  # [B] (producer, epoch, seq) identifies an event
     epochs: Ints  # [B]
     seqs: Ints  # [B]
-    join_states: Strings  # [B] joined | defaulted | void
+    join_states: Strings  # [B] joined | defaulted | void | quarantined
+    n_steps: Ints  # [B] how many steps lie between `states` and `next_states`: 1, unless n-step transitions are read
+    step_ids: Strings  # [B, n_max] decision ids of the steps, padded with ""
+    step_joins: Strings  # [B, n_max] join states of the steps, padded with ""
     proposed: Array  # like `actions`: what the version would have done without rules
     fallbacks: Strings  # [B] the reason, where the fallback answered
     overridden: Bools  # [B] a rule changed what the version would have done
@@ -94,6 +102,34 @@ class Batch:
         """
         self._acknowledge(self)
 
+    def returns(self, gamma: float) -> Floats:
+        """Give the discounted sum of the rewards of each transition, Σ γ^i r_i over its steps, float64 [B].
+
+        NaN where a reward is missing. The target of temporal-difference learning is
+        `returns(gamma) + discounts(gamma) * value(next_states)`, of one step as of n.
+        """
+        rewards = self.rewards.reshape(len(self), -1)
+        taken = np.arange(rewards.shape[1]) < self.n_steps[:, None]
+        total: Floats = np.where(taken, rewards * np.power(gamma, np.arange(rewards.shape[1])), 0.0).sum(axis=1)
+        return total
+
+    def discounts(self, gamma: float) -> Floats:
+        """Give what the value of `next_states` counts, γ^k, float64 [B]; 0 where it must not be added."""
+        factors: Floats = np.where(self.bootstrap, np.power(float(gamma), self.n_steps), 0.0)
+        return factors
+
+    def tensors(self, device: Any = None) -> dict[str, Any]:
+        """Give every column of numbers as a torch tensor, by its name here. Columns of strings stay with the batch.
+
+        Dtypes are those of the columns: states as the observation has them, other numbers float64 or int64, masks and
+        flags bool. On the CPU (`device` None) memory is shared with the columns; else it is copied to the device.
+        Raises ImportError, which says what to install, without torch; TypeError for a dtype that torch has not.
+        """
+        from surefoot.tensors import as_tensors
+
+        columns = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return as_tensors({name: column for name, column in columns if isinstance(column, np.ndarray)}, device)
+
     @classmethod
     def of(
         cls, policy: str, rows: Sequence[Row], acknowledge: Callable[[Batch], None], also: Sequence[bytes] = ()
@@ -112,6 +148,7 @@ class Batch:
             **_event_columns(rows),
             **_record_columns(rows),
             **_action_columns(rows, space),
+            **_step_columns(rows),
         )
 
 
@@ -130,7 +167,6 @@ def _action_columns(rows: Sequence[Row], space: Space) -> dict[str, Any]:
     return {
         "actions": np.array([row.action for row in rows], dtype).reshape(len(rows), *shape),
         "proposed": np.array([record.proposed for record in records], dtype).reshape(len(rows), *shape),
-        "log_propensities": np.array([row.log_propensity for row in rows], np.float64),
         "propensity_kinds": _strings([record.propensity_kind for record in records]),
         "behaviour": _stack([record.behaviour for record in records], "<f8", (n,)),
         "target": _stack([record.target for record in records], "<f8", (space.target_width,)),
@@ -155,7 +191,6 @@ def _allowed(rows: Sequence[Row], unknown: Sequence[bytes]) -> tuple[list[bytes]
 def _event_columns(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "ids": _strings([row.id for row in rows]),
-        "rewards": np.array([row.reward for row in rows], np.float64),
         "terminated": np.array([row.terminated for row in rows], np.bool_),
         "truncated": np.array([row.truncated for row in rows], np.bool_),
         "bootstrap": np.array([row.bootstrap for row in rows], np.bool_),
@@ -186,6 +221,33 @@ def _record_columns(rows: Sequence[Row]) -> dict[str, Any]:
         "state_resets": np.array([record.state_reset for record in records], np.bool_),
         "keys": _strings([record.key or "" for record in records]),
     }
+
+
+def _step_columns(rows: Sequence[Row]) -> dict[str, Any]:
+    """What has one column, or one for each step."""
+    several = [row.steps for row in rows if row.steps is not None]
+    if not several:
+        return {
+            "rewards": np.array([row.reward for row in rows], np.float64),
+            "log_propensities": np.array([row.log_propensity for row in rows], np.float64),
+            "n_steps": np.ones(len(rows), np.int64),
+            "step_ids": _strings([row.id for row in rows])[:, None],
+            "step_joins": _strings([row.join for row in rows])[:, None],
+        }
+    return {
+        "rewards": _padded([steps.rewards for steps in several], math.nan),
+        "log_propensities": _padded([steps.log_propensities for steps in several], math.nan),
+        "n_steps": np.array([len(steps) for steps in several], np.int64),
+        "step_ids": _padded([steps.ids for steps in several], ""),
+        "step_joins": _padded([steps.joins for steps in several], ""),
+    }
+
+
+def _padded(columns: Sequence[Sequence[Any]], blank: Any) -> Array:
+    """Rows of different lengths side by side, [B, n_max]: float64, or strings as objects."""
+    width = max(map(len, columns))
+    dtype = np.object_ if isinstance(blank, str) else np.float64
+    return np.array([[*row, *[blank] * (width - len(row))] for row in columns], dtype).reshape(len(columns), width)
 
 
 def _stack(column: Sequence[bytes], dtype: str, shape: tuple[int, ...]) -> Array:

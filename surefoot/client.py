@@ -11,7 +11,17 @@ import httpx
 
 from surefoot import _protocol as protocol
 from surefoot._http import DEFAULT_URL, ClientOptions, Options, failure, reply
-from surefoot._protocol import ActBatchOptions, ActOptions, Attempts, Call, Number, Outcome, RewardItem, RewardOptions
+from surefoot._protocol import (
+    ActBatchOptions,
+    ActOptions,
+    Attempts,
+    Call,
+    EpisodeOptions,
+    Number,
+    Outcome,
+    RewardItem,
+    RewardOptions,
+)
 from surefoot.answers import BatchDecisions, Decision, RewardReceipt
 
 T = TypeVar("T")
@@ -47,14 +57,24 @@ class Client:
         """
         return self._call(protocol.act_batch(states, **options))
 
-    def reward(self, decision_id: str, reward: Number, **options: Unpack[RewardOptions]) -> RewardReceipt:
-        """Post the reward of a decision; when this returns, it is durable.
+    def reward(self, decision_id: str, reward: Number | None = None, **options: Unpack[RewardOptions]) -> RewardReceipt:
+        """Post the reward of a decision; when this returns, it is durable. `reward` may be left out where the policy
+        makes it of `metrics`.
 
         Options: `reward_id`, `final`, `next_state`, `terminated`, `truncated`, `executed`, `executed_action`,
         `metrics`; see `RewardOptions`. Calling it again with the same arguments changes nothing; with others it raises
         RewardConflict, unless `reward_id` differs.
         """
         return self._call(protocol.reward(decision_id, reward, **options))
+
+    def reward_episode(
+        self, episode: str, reward: Number | None = None, **options: Unpack[EpisodeOptions]
+    ) -> RewardReceipt:
+        """Post the reward of a whole episode, which has ended; it goes to its last decision.
+
+        Options: `policy`, `reward_id`, `terminated`, `truncated`, `metrics`; see `EpisodeOptions`.
+        """
+        return self._call(protocol.reward_episode(episode, reward, **options))
 
     def reward_batch(self, rewards: Sequence[RewardItem]) -> list[RewardReceipt]:
         """Post several rewards, each a dict with `decision_id`, `reward` and the options of `reward`.

@@ -15,15 +15,19 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from surefoot.dedupe import Identity
 from surefoot.errors import Unreadable
-from surefoot.spaces import FLOAT, Action, Kind, Space, finite, floats
+from surefoot.records import Record as Record
+from surefoot.records import RewardRecord as RewardRecord
+from surefoot.records import decode_record, decode_reward
+from surefoot.spaces import FLOAT, Action, Space, finite, floats
+from surefoot.steps import Steps, number, whole
 
 SCHEMA_VERSION = 1
 
 TERMINATED, TRUNCATED = 1, 2  # bits of `tf`
 
 Fields = Mapping[bytes, bytes]
-Identity = tuple[str, int, int]  # producer, epoch, seq
 
 
 class Spec(NamedTuple):
@@ -32,52 +36,6 @@ class Spec(NamedTuple):
     dtype: str  # of a state
     shape: tuple[int, ...]  # of a state
     space: Space
-
-
-class Record(msgspec.Struct, frozen=True):
-    """What is read of a decision's record; the service writes more. From `raw_action` on: continuous actions only."""
-
-    assigned_version: str
-    version: str
-    dtype: str
-    shape: tuple[int, ...]
-    target: bytes
-    behaviour: bytes
-    epsilon: float
-    explored: bool
-    proposed: int | tuple[int | float, ...]
-    propensity: float | None
-    action_name: str | list[str] | None = None
-    role: str = ""
-    propensity_reason: str | None = None
-    overridden: bool = False
-    rules: tuple[str, ...] = ()
-    fallback: str | None = None
-    weight: float = 1.0
-    switched: bool = False
-    key: str | None = None
-    context: dict[str, Any] | None = None
-    action_kind: Kind = "discrete"
-    nvec: tuple[int, ...] = ()  # sizes of the factors, multi_discrete only
-    propensity_kind: str = "mass"
-    log_propensity: float | None = None
-    state_reset: bool = False
-    raw_action: bytes = b""  # float64 [D], the draw before squash and projection
-    raw_log_prob: float | None = None  # its log-density under the part that drew it
-    sigma: bytes = b""  # float64 [D], deviation of the exploring part; empty: there was none
-    at_bound: tuple[int, ...] = ()  # -1 at the low end of the box, 1 at the high end, 0 between
-    transform: str = "none"  # from raw actions to executed ones: none | unscale | tanh
-    bounds: bytes = b""  # float64 [2·D], the action space's own low and high
-
-
-class RewardRecord(msgspec.Struct, frozen=True):
-    """What is read of a reward's record."""
-
-    metrics: dict[str, float] | None = None
-
-
-_record = msgspec.msgpack.Decoder(Record)
-_reward_record = msgspec.msgpack.Decoder(RewardRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +52,7 @@ class Row:
     action: Action
     state: bytes
     mask: bytes
-    reward: float  # NaN where the decision was voided
+    reward: float  # NaN where there is none: the decision was voided, or its reward is out of range
     join: str
     end: str
     bootstrap: bool
@@ -107,6 +65,7 @@ class Row:
     flags: int
     record: Record
     metrics: dict[str, float] | None
+    steps: Steps | None = None  # of an n-step transition: reward and join state are its first step's
 
     @classmethod
     def read(cls, stream_id: bytes, fields: Fields) -> Row:
@@ -120,8 +79,9 @@ class Row:
 
     @classmethod
     def _read(cls, stream_id: bytes, fields: Fields) -> Row:
-        text = {name: fields[name].decode() for name in (b"i", b"p", b"ep", b"a", b"j", b"x", b"r")}
-        record = _record.decode(fields[b"d"])
+        text = {name: fields[name].decode() for name in (b"i", b"p", b"ep", b"a", b"x")}
+        steps = Steps.read(fields) if b"k" in fields else None
+        record = decode_record(fields[b"d"])
         state, mask = fields[b"s"], fields[b"m"]
         spec = Spec(np.dtype(record.dtype).str, record.shape, Space.of(record.action_kind, record.nvec, mask))
         _check_sizes(record, state, spec)
@@ -132,28 +92,29 @@ class Row:
         accepted = fields.get(b"at", b"")
         return cls(
             stream_id=stream_id,
-            identity=(text[b"p"], _whole(fields[b"e"]), _whole(fields[b"q"])),
+            identity=(text[b"p"], whole(fields[b"e"]), whole(fields[b"q"])),
             spec=spec,
             id=text[b"i"],
             episode=text[b"ep"],
-            step=_whole(fields[b"st"]),
-            at_ms=_whole(fields[b"t"]),
+            step=whole(fields[b"st"]),
+            at_ms=whole(fields[b"t"]),
             action=spec.space.read(text[b"a"]),
             state=state,
             mask=mask,
-            reward=_number(text[b"r"]) if text[b"r"] else math.nan,
-            join=text[b"j"],
+            reward=number(fields[b"r"].decode()) if steps is None else steps.rewards[0],
+            join=fields[b"j"].decode() if steps is None else steps.joins[0],
             end="lost" if cut else text[b"x"],
             bootstrap=fields[b"b"] == b"1" and not cut,
             next_state=b"" if cut else fields[b"n"],
             next_mask=next_mask if len(next_mask) == len(mask) and not cut else b"",
             next_id=fields.get(b"ni", b"").decode(),
             order=fields.get(b"o", b"").decode(),
-            reward_at_ms=_whole(accepted) if accepted else None,
+            reward_at_ms=whole(accepted) if accepted else None,
             reward_id=fields.get(b"ri", b"").decode(),
             flags=int(fields.get(b"tf") or b"0"),
             record=record,
-            metrics=_reward_record.decode(fields[b"rd"]).metrics if fields.get(b"rd") else None,
+            metrics=decode_reward(fields[b"rd"]).metrics if fields.get(b"rd") else None,
+            steps=steps,
         )
 
     @property
@@ -181,7 +142,7 @@ class Row:
         """Give the transition as values that JSON can hold; None where there is nothing."""
         producer, epoch, seq = self.identity
         record = self.record
-        whole = {
+        values = {
             "id": self.id,
             "policy": policy,
             "episode": self.episode or None,
@@ -203,6 +164,7 @@ class Row:
             "log_propensity": self.log_propensity,
             "propensity_reason": record.propensity_reason,
             **self._drawn_from(),
+            **({} if self.steps is None else self.steps.plain()),
             "next_id": self.next_id or None,
             "epsilon": record.epsilon,
             "explored": record.explored,
@@ -227,7 +189,7 @@ class Row:
             "seq": seq,
             "stream_id": self.stream_id.decode(),
         }
-        return {name: finite(value) for name, value in whole.items()}
+        return {name: finite(value) for name, value in values.items()}
 
     def _drawn_from(self) -> dict[str, Any]:
         """What the action was drawn from: choices and their masks, or a point, its box and its draw."""
@@ -256,21 +218,6 @@ class Row:
         return np.frombuffer(raw, self.spec.dtype).reshape(self.spec.shape).tolist() if raw else None
 
 
-def _whole(raw: bytes) -> int:
-    """Read what fits an int64, as columns hold it."""
-    number = int(raw)
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{number} is out of range")
-    return number
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not finite")
-    return number
-
-
 def _box(raw: bytes) -> dict[str, Any] | None:
     """A box as requests and answers write it."""
     ends = floats(raw)
@@ -285,8 +232,8 @@ def _check_sizes(record: Record, state: bytes, spec: Spec) -> None:
     if len(state) != expected:
         raise ValueError(f"a state of {len(state)} bytes, {expected} expected")
     spec.space.check(record.target, record.behaviour, record.proposed)
-    whole = FLOAT * spec.space.coordinates
-    sizes = {"raw_action": (whole,), "sigma": (0, whole), "bounds": (0, 2 * whole)}
+    row = FLOAT * spec.space.coordinates
+    sizes = {"raw_action": (row,), "sigma": (0, row), "bounds": (0, 2 * row)}
     for name, allowed in sizes.items():
         if len(getattr(record, name)) not in allowed:
             raise ValueError(f"{name} and action differ in length")

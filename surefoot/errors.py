@@ -163,17 +163,21 @@ class Gap(SurefootError):
 
     `reason`: `trimmed`, the stream was cut past the group's position; `deleted`, single entries were removed, `ids`
     names those known; `group_missing`, group or stream vanished while it was being read; `spool`, the service itself
-    lost events before they reached Redis. `lost` is the number, or None where it cannot be known.
+    lost events before they reached Redis. `lost` is the number, or None where it cannot be known. `resume` is the least
+    stream id behind the loss: reading goes on there.
 
     Each loss is raised once. The iterator that raised it can be used on: what it yields next lies behind the gap.
     """
 
-    def __init__(self, detail: str, *, reason: GapReason, lost: int | None = None, ids: Sequence[str] = ()) -> None:
+    def __init__(
+        self, detail: str, *, reason: GapReason, lost: int | None = None, ids: Sequence[str] = (), resume: str = ""
+    ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.reason = reason
         self.lost = lost
         self.ids = tuple(ids)
+        self.resume = resume
 
 
 def _leaves(kind: type[ApiError]) -> list[type[ApiError]]:

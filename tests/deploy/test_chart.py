@@ -196,7 +196,7 @@ def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], m
         {"replicaCount": "2"},
         {"replicaCount": -1},
         {"device": "gpu"},
-        {"durability": "node"},
+        {"durability": "disk"},
         {"drain": {"graceSeconds": -1}},
         {"auth": {"keys": "1:abc"}},
         {"redis": {"url": "unix:///redis.sock"}},

@@ -34,6 +34,10 @@ def test_it_names_its_versions() -> None:
     [
         (b"{schema: 1, policy: toy, champion: v1, reward: {window_s: 0}}", "reward.window_s"),
         (b"{schema: 1, policy: toy, champion: v1, reward: {aggregation: median}}", "reward.aggregation"),
+        (b"{schema: 1, policy: toy, champion: v1, reward: {range: [1, -1]}}", "reward"),
+        (b"{schema: 1, policy: toy, champion: v1, reward: {range: [null, -1]}}", "reward"),
+        (b"{schema: 1, policy: toy, champion: v1, reward: {range: [0.5, null]}}", "reward"),
+        (b"{schema: 1, policy: toy, champion: v1, reward: {n_step: 65}}", "reward.n_step"),
         (b"{schema: 1, policy: toy, champion: v1, challengers: [{version: a, weight: 2}]}", "challengers[0].weight"),
         (b"{schema: 1, policy: toy}", None),
         (b"{: - [", "here"),

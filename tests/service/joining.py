@@ -9,13 +9,14 @@ from typing import Any
 
 import redis
 
-from service.decision import DecisionEvent, Event, RewardEvent, encode_events
-from service.join import Batch, JoinConfig, Outcome, ReferenceJoin, Transition
+from service.decision import DecisionEvent, EpisodeEvent, Event, RewardEvent, encode_events
+from service.join import JoinConfig
+from service.join_model import Batch, Correction, Outcome, ReferenceJoin, Transition
 from service.redis_streams import SCRIPT, base, script_arguments
 from service.shipcall import ShipCall
 
 Fields = dict[str, bytes]
-STREAMS = ("transitions", "late", "orphan")
+STREAMS = ("transitions", "nstep", "late", "correction", "quarantined", "orphan")
 
 
 @dataclass
@@ -26,14 +27,17 @@ class Seen:
     gap: bool = False
     verdicts: list[tuple[int, str]] = field(default_factory=list)
     transitions: dict[str, Fields] = field(default_factory=dict)
+    nsteps: dict[str, Fields] = field(default_factory=dict)
     late: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    corrections: dict[str, Fields] = field(default_factory=dict)
+    quarantined: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     orphans: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     lost: int = 0
     pending: int = 0
 
 
 class ScriptJoin:
-    """`service/join.lua` on a real server, for one policy."""
+    """`service/join_script/` on a real server, for one policy."""
 
     def __init__(
         self, client: redis.Redis, policy: str, config: JoinConfig | None = None, source: bytes = SCRIPT
@@ -57,21 +61,28 @@ class ScriptJoin:
             return Seen(reply[1], gap=True)
         flat, counts = reply[2], reply[3]
         verdicts = [(flat[i], flat[i + 1].decode()) for i in range(0, len(flat), 2)]
-        born, late, orphans = (self._news(stream) for stream in STREAMS)
-        transitions = {each["i"].decode(): each for each in born}
-        assert len(transitions) == len(born), "a decision gave two transitions at once"
+        born, nsteps, late, corrections, quarantined, orphans = (self._news(stream) for stream in STREAMS)
         joins = Counter(each["j"].decode() for each in born)
         assert counts == [
-            *(joins[name] for name in ("joined", "defaulted", "void")),
+            *(joins[name] for name in ("joined", "defaulted", "void", "quarantined")),
             len(late),
+            len(corrections),
             len(orphans),
-            counts[5],
+            counts[7],
         ]
         return Seen(
-            reply[1], False, verdicts, transitions,
-            Counter((*_aside(each), each["w"]) for each in late), Counter(_aside(each) for each in orphans),
-            counts[5], reply[4],
-        )  # fmt: skip
+            reply[1],
+            False,
+            verdicts,
+            _by_id(born),
+            _by_id(nsteps),
+            Counter((*_aside(each), each["w"]) for each in late),
+            _by_id(corrections),
+            Counter(_aside(each) for each in quarantined),
+            Counter((*_aside(each), each["ep"]) for each in orphans),
+            counts[7],
+            reply[4],
+        )
 
     def entries(self, stream: str = "transitions") -> list[Fields]:
         found: Any = self.client.xrange(f"{self.base}:{stream}")
@@ -141,11 +152,53 @@ def modelled(outcome: Outcome) -> Seen:
         outcome.gap,
         [(seq, str(verdict)) for seq, verdict in outcome.verdicts],
         {each.decision.id: _entry(each) for each in outcome.transitions},
+        {each[0].decision.id: _steps(each) for each in outcome.nsteps},
         Counter((*_reward(reward), why.encode()) for reward, why in outcome.late),
-        Counter(_reward(reward) for reward in outcome.orphans),
+        {each.decision.id: _correction(each) for each in outcome.corrections},
+        Counter(_reward(reward) for reward in outcome.quarantined),
+        Counter(_orphan(reward) for reward in outcome.orphans),
         outcome.lost,
         outcome.pending,
     )
+
+
+def _by_id(entries: list[Fields]) -> dict[str, Fields]:
+    found = {each["i"].decode(): each for each in entries}
+    assert len(found) == len(entries), "a decision gave two of these at once"
+    return found
+
+
+def _steps(chain: list[Transition]) -> Fields:
+    """A record of n steps: the head of the first, the end of the last, and what each brought."""
+    head, last = _entry(chain[0]), _entry(chain[-1])
+    lists = {
+        "k": str(len(chain)),
+        "ids": ",".join(each.decision.id for each in chain),
+        "rs": ",".join(each.reward for each in chain),
+        "lps": ",".join(each.decision.log_propensity for each in chain),
+        "js": ",".join(each.join for each in chain),
+    }
+    return (
+        {name: head[name] for name in ("v", "i", "p", "e", "q", "ep", "st", "t", "a", "s", "m", "d")}
+        | {name: last[name] for name in ("x", "b", "n", "nm", "ni", "o")}
+        | {name: text.encode() for name, text in lists.items()}
+    )
+
+
+def _correction(correction: Correction) -> Fields:
+    d, by = correction.decision, correction.by
+    texts = {
+        "v": 1, "i": d.id, "p": correction.producer, "e": correction.epoch, "q": correction.seq, "j": correction.join,
+        "r": by.reward if correction.join == "joined" else "", "ri": by.reward_id, "at": by.at_ms, "w": "overtaken",
+    }  # fmt: skip
+    return {name: str(value).encode() for name, value in texts.items()} | {"rd": by.record}
+
+
+def _orphan(reward: RewardEvent | EpisodeEvent) -> tuple[bytes, ...]:
+    if isinstance(reward, RewardEvent):
+        return (*_reward(reward), b"")
+    texts = "", reward.reward_id, reward.reward, str(reward.at_ms)
+    return (*(text.encode() for text in texts), reward.record, reward.episode.encode())
 
 
 def _entry(transition: Transition) -> Fields:
@@ -177,9 +230,17 @@ def _reward(reward: RewardEvent) -> tuple[bytes, ...]:
     return (*(text.encode() for text in texts), reward.record)
 
 
-def decision(id: str, episode: str = "", step: int = -1, at: int = 1_000, window: int = 10_000) -> DecisionEvent:
-    state, mask = f"state of {id}".encode(), b"\1\0\1"
-    return DecisionEvent(id, episode, step, at + window, at, "2", state, mask, b"record \xff of " + id.encode())
+def decision(
+    id: str, episode: str = "", step: int = -1, at: int = 1_000, window: int = 10_000, flags: int = 0
+) -> DecisionEvent:
+    state, mask, record = f"state of {id}".encode(), b"\1\0\1", b"record \xff of " + id.encode()
+    return DecisionEvent(id, episode, step, at + window, at, "2", state, mask, record, f"-0.{len(id)}", flags)
+
+
+def whole(
+    episode: str, at: int = 1_500, value: str = "1.0", reward_id: str = "", flags: int = 1, until: int = 20_000
+) -> EpisodeEvent:
+    return EpisodeEvent(episode, reward_id, f"{value}{flags}", at, until, flags, value, b"its record")
 
 
 def reward(

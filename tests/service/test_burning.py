@@ -128,6 +128,7 @@ def test_what_only_looks_explored_does_not_count() -> None:
     assert outcome([b"joined", b"0.0", record(False, context={"explored": True})]) is None
     assert outcome([b"joined", b"0.25", record(True)]) == (False, 0.25)
     assert outcome([b"void", b"", record(True)]) == (True, None)
+    assert outcome([b"quarantined", b"", record(True)]) == (True, None)
 
 
 def record(explored: bool, **fields: Any) -> bytes:

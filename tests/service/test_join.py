@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import service
+from service import redis_streams
 from service.join import (
     BREAK_MS,
-    EARLY_KEPT,
     OPEN,
+    REWARDS_KEPT,
     TABLE,
     End,
     JoinConfig,
@@ -30,7 +31,7 @@ from tests.service.joining import decision, reward
 
 ROOT = Path(service.__file__).parent.parent
 PAGE = (ROOT / "docs" / "join.md").read_text()
-SCRIPT = (ROOT / "service" / "join.lua").read_text()
+SCRIPT = redis_streams.SCRIPT.decode()
 FOLLOWING = Next("b", b"next", b"\1", "step")
 
 
@@ -53,7 +54,7 @@ def test_the_script_has_the_tables_words_and_numbers() -> None:
     for word in [*Verdict, *Why, *(end.word for end in End)]:
         assert f"'{word}'" in SCRIPT
     assert f"BREAK_MS = {BREAK_MS} " in SCRIPT
-    assert f"EARLY_KEPT, LATE_TOLD = {EARLY_KEPT}, " in SCRIPT
+    assert f"REWARDS_KEPT, LATE_TOLD = {REWARDS_KEPT}, " in SCRIPT
 
 
 def test_the_page_names_every_field_of_the_streams() -> None:
@@ -66,9 +67,9 @@ def test_the_page_names_every_field_of_the_streams() -> None:
     starred = {
         word for line in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for word in re.findall(r"`(\w+)`\*", line)
     }
-    for stream in ("late", "orphan"):
+    for stream in ("late", "quarantined"):
         (aside,) = re.findall(rf":{stream}', '\*', (.*?)\)\n", SCRIPT)
-        assert set(re.findall(r"'(\w+)', \S", aside)) - {"w"} == starred
+        assert set(re.findall(r"'(\w+)', \S", aside)) - {"w", "ep"} == starred
 
 
 @pytest.mark.parametrize(("state", "move"), list(itertools.product(State, Move)))
@@ -87,7 +88,9 @@ def test_a_closed_decision_stays_as_it_is() -> None:
 
 
 def test_every_open_decision_can_meet_its_deadline() -> None:
-    assert all(TABLE[state, Move.DEADLINE] not in OPEN for state in OPEN)
+    """What was collected comes to stand by then."""
+    assert all(TABLE[state, Move.DEADLINE] not in OPEN for state in OPEN - {State.COLLECTING})
+    assert TABLE[State.COLLECTING, Move.REWARD] is State.REWARDED
 
 
 def test_the_only_bootstraps_have_a_next_state() -> None:
@@ -116,7 +119,9 @@ def test_what_voids() -> None:
     assert not voids(decision("a"), reward("a"))
 
 
-@pytest.mark.parametrize("field", ["max_lag_ms", "sweep_limit", "record_ttl_ms", "successor_ttl_ms"])
+@pytest.mark.parametrize(
+    "field", ["max_lag_ms", "sweep_limit", "record_ttl_ms", "successor_ttl_ms", "episode_ttl_ms", "n_step"]
+)
 def test_a_configuration_that_would_stop_the_script_is_refused(field: str) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         JoinConfig(**{field: 0})  # type: ignore[arg-type]

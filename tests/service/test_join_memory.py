@@ -57,7 +57,7 @@ def test_an_ended_episode_of_steps_leaves_nothing_behind(join: Both) -> None:
 def test_a_record_is_packed_as_an_array(join: Both) -> None:
     join(decision("p"), decision("c"), reward("c"))
     heads = [join.script.client.getrange(f"{join.script.base}:d:{id}", 0, 1) for id in "pc"]
-    assert heads == [b"P\x9b", b"C\xdc"]
+    assert heads == [b"P\x9d", b"C\xdc"]
 
 
 def test_what_a_machine_ships_again_after_a_long_night_gives_no_second_transition(
@@ -105,6 +105,13 @@ def test_a_state_outlives_its_record_until_its_predecessor_has_closed(
     script.ship(beat("w", 3, reward("b", flags=TERMINATED), through=2_000))
     gone(lambda: not store.exists(script.base + ":d:b"))
     assert script.ship(beat("w", 4, reward("a"), through=2_000)).transitions["a"]["n"] == b"state of b"
+
+
+def test_of_an_episode_its_last_decision_is_known_for_a_while(store: redis.Redis, policy: str) -> None:
+    script = ScriptJoin(store, policy, JoinConfig(episode_ttl_ms=70_000))
+    script.ship(beat("w", 1, decision("a", "ep", 0), decision("b", "ep", 1), reward("b", flags=TERMINATED)))
+    ttl: Any = store.pttl(script.base + ":z:ep")
+    assert 0 < ttl <= 70_000
 
 
 def test_open_records_do_not_expire_and_closed_ones_do(store: redis.Redis, policy: str) -> None:

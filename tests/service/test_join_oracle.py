@@ -16,7 +16,8 @@ import pytest
 import redis
 
 from service.decision import DecisionEvent, Event, RewardFlags
-from service.join import Batch, JoinConfig, ReferenceJoin
+from service.join import JoinConfig
+from service.join_model import Batch, ReferenceJoin
 from service.redis_streams import SCRIPT
 from tests.service.joining import Fields, ScriptJoin, decision, modelled, reward
 
@@ -173,7 +174,8 @@ class Run:
         found = {each["i"].decode(): each for each in born}
         assert len(born) == len(found)
         assert set(found) == set(self.world.truth)
-        left = {key for key in self.script.suffixes() if key.split(":")[0] in {"r", "due", "ord", "early"}}
+        passing = {"r", "due", "ord", "early", "o", "whole", "ends", "kw"}
+        left = {key for key in self.script.suffixes() if key.split(":")[0] in passing}
         assert left == set()
         return found
 
@@ -196,7 +198,7 @@ def failover(run: Run) -> None:
 def emptied(run: Run) -> None:
     run.now = run.until(START_MS, START_MS + 45_000)
     run.script.forget()
-    run.model = ReferenceJoin(CONFIG)
+    run.model = ReferenceJoin(run.script.config)
 
 
 def redis_away(run: Run) -> None:
@@ -253,10 +255,11 @@ def test_contradicting_and_early_rewards_do_in_redis_what_they_do_in_the_model(s
         ends |= {each["x"] for each in found}
         joins |= {each["j"] for each in found}
         aside |= {each["w"] for each in run.script.entries("late")}
+        aside |= {b"correction" for _ in run.script.entries("correction")}
         aside |= {b"orphan" for _ in run.script.entries("orphan")}
     assert ends == {b"none", b"terminated", b"truncated", b"lost", b"single"}
     assert joins == {b"joined", b"defaulted", b"void"}
-    assert aside == {b"late", b"closed", b"overtaken", b"orphan"}
+    assert aside == {b"late", b"closed", b"correction", b"orphan"}
 
 
 # What the script would be without one of its rules, and the worlds that must notice.

@@ -8,7 +8,8 @@ import pytest
 import redis
 
 from service.decision import RewardFlags, encode_events
-from service.join import BREAK_MS, EARLY_KEPT, Batch, JoinConfig
+from service.join import BREAK_MS, REWARDS_KEPT, JoinConfig
+from service.join_model import Batch
 from service.redis_streams import SCRIPT, script_arguments
 from service.shipcall import ShipCall
 from tests.service.joining import Both, Fields, ScriptJoin, Seen, beat, decision, reward
@@ -121,12 +122,29 @@ def test_a_late_reward_is_kept_once(join: Both) -> None:
     assert seen.late.total() == 1
 
 
-def test_a_default_that_is_overtaken_stands_and_the_reward_is_kept(join: Both) -> None:
+def test_a_default_that_is_overtaken_is_followed_by_a_correction(join: Both) -> None:
     join(decision("a"), through=DUE)
-    seen = join(reward("a"), lane="silent until now")
-    assert verdicts(seen) == ["late"]
-    assert [why for *_, why in seen.late] == [b"overtaken"]
+    sent = reward("a", reward_id="1"), reward("a", reward_id="1"), reward("a", reward_id="2")
+    seen = join(*sent, lane="silent until now")
+    assert verdicts(seen) == ["correction", "duplicate", "late"]
+    assert seen.corrections["a"] == {
+        "v": b"1", "i": b"a", "p": b"w", "e": b"1", "q": b"1", "j": b"joined", "r": b"1.0", "ri": b"1", "at": b"1500",
+        "rd": b"its record", "w": b"overtaken",
+    }  # fmt: skip
+    assert [why for *_, why in seen.late] == [b"closed"]
     assert not seen.transitions
+
+
+@pytest.mark.parametrize(
+    ("said", "state"), [({"flags": int(RewardFlags.NOT_EXECUTED)}, b"void"), ({"value": "1e9"}, b"quarantined")]
+)
+def test_a_correction_says_what_the_transition_would_have_been(
+    store: redis.Redis, policy: str, said: dict[str, Any], state: bytes
+) -> None:
+    join = Both(ScriptJoin(store, policy, JoinConfig(low="-1", high="1")))
+    join(decision("a"), through=DUE)
+    fields = join(reward("a", **said), lane="silent until now").corrections["a"]
+    assert (fields["j"], fields["r"]) == (state, b"")
 
 
 def test_an_early_reward_waits_for_its_decision(join: Both) -> None:
@@ -148,8 +166,8 @@ def test_of_early_rewards_the_first_accepted_in_time_is_taken(join: Both) -> Non
 
 
 def test_early_rewards_of_one_decision_are_bounded(join: Both) -> None:
-    seen = join(*(reward("a", reward_id=str(n)) for n in range(EARLY_KEPT + 1)))
-    assert verdicts(seen) == ["early"] * EARLY_KEPT + ["late"]
+    seen = join(*(reward("a", reward_id=str(n)) for n in range(REWARDS_KEPT + 1)))
+    assert verdicts(seen) == ["early"] * REWARDS_KEPT + ["late"]
 
 
 def test_an_early_reward_without_a_decision_becomes_an_orphan(join: Both) -> None:

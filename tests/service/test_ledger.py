@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import resource
 import signal
@@ -20,6 +21,7 @@ from policies.errors import LedgerBroken, LedgerFull
 from service.clock import ManualClock, SystemClock
 from service.lanes import Lane
 from service.ledger import Ledger
+from service.shipcall import Confirm
 from service.slots import Slot, hold_free_slot, take_slot
 from service.spool import Spool
 
@@ -128,6 +130,10 @@ def test_a_tier_and_a_slot_belong_together(tmp_path: Path) -> None:
     async def scenario() -> None:
         with pytest.raises(ValueError, match="slot"):
             Ledger(None, ManualClock(), tier="process")
+        with pytest.raises(ValueError, match="whom"):
+            Ledger(take_slot(tmp_path), ManualClock(), tier="replicated")
+        with pytest.raises(ValueError, match="nobody"):
+            Ledger(None, ManualClock(), tier="memory", confirm=Confirm(1, 1.0))
 
     asyncio.run(scenario())
 
@@ -225,12 +231,30 @@ def test_low_disk_is_refused_before_it_is_full(tmp_path: Path) -> None:
     assert blobs_on_disk(tmp_path) == []
 
 
+def test_scarce_disk_is_known_before_a_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        disk = os.statvfs(tmp_path)
+        free = disk.f_bavail * disk.f_frsize
+        monkeypatch.setattr("service.writer.SCARCE_BYTES", free)
+        async with open_ledger(tmp_path, min_free_bytes=free // 4) as ledger:
+            assert ledger.recording("p")
+            await ledger.append_nowait("p", 1, b"x", 1).committed
+            assert ledger.accepting
+            assert not ledger.recording("p"), "the next commit may be refused: nothing should be explored on it"
+            monkeypatch.setattr("service.writer.SCARCE_BYTES", 0)
+            await ledger.append_nowait("p", 1, b"x", 1).committed
+            assert ledger.recording("p")
+
+    asyncio.run(scenario())
+
+
 LIMITED = """
 import asyncio, os, resource, sys
 from pathlib import Path
 from policies.errors import LedgerBroken
 from service.clock import SystemClock
 from service.ledger import Ledger
+from service.shipcall import Confirm
 from service.slots import take_slot
 
 def limit(size):
@@ -308,6 +332,7 @@ import asyncio, sys
 from pathlib import Path
 from service.clock import SystemClock
 from service.ledger import Ledger
+from service.shipcall import Confirm
 from service.slots import take_slot
 
 async def main():

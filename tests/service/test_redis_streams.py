@@ -19,7 +19,7 @@ from policies.errors import StoreAway
 from service import redis_streams
 from service.decision import Event, RewardFlags, encode_events
 from service.join import JoinConfig
-from service.redis_streams import KEYRING, SCRIPT, TIMEOUT_S, Counts, RedisStreams, base, connect
+from service.redis_streams import KEYRING, SCRIPT, TIMEOUT_S, Counts, RedisStreams, StoredReward, base, connect
 from service.shipcall import Gap, Refused, ShipCall, Shipped
 from tests.service.joining import decision, reward
 from tests.surefoot.valkey import LossyProxy, Valkey
@@ -30,7 +30,7 @@ CONFIG = JoinConfig()
 
 def with_streams(url: str, scenario: Callable[[RedisStreams], Awaitable[None]], **options: Any) -> None:
     async def run() -> None:
-        streams = RedisStreams(connect(url), lambda policy: CONFIG, **options)
+        streams = RedisStreams(connect(url), **{"configs": lambda policy: CONFIG} | options)
         try:
             await scenario(streams)
         finally:
@@ -67,9 +67,9 @@ def test_a_batch_is_applied_and_answered(valkey_url: str, policy: str) -> None:
     with_streams(valkey_url, scenario, on_counts=lambda name, counts: counted.append((name, counts)))
     assert [name for name, _ in counted] == [policy] * 3
     assert [each for _, each in counted] == [
-        Counts(joined=1, defaulted=0, void=0, late=0, orphan=0, lost=0, pending=1),
-        Counts(joined=1, defaulted=0, void=0, late=0, orphan=0, lost=4, pending=0),
-        Counts(joined=0, defaulted=0, void=0, late=0, orphan=0, lost=0, pending=0),
+        Counts(joined=1, defaulted=0, void=0, quarantined=0, late=0, correction=0, orphan=0, lost=0, pending=1),
+        Counts(joined=1, defaulted=0, void=0, quarantined=0, late=0, correction=0, orphan=0, lost=4, pending=0),
+        Counts(joined=0, defaulted=0, void=0, quarantined=0, late=0, correction=0, orphan=0, lost=0, pending=0),
     ]
 
 
@@ -111,14 +111,14 @@ def test_a_decision_can_be_read_at_every_stage(valkey_url: str, policy: str) -> 
         rewarded = await streams.read_decision(policy, "a")
         assert rewarded is not None
         assert (rewarded.state_name, rewarded.waiting_for) == ("pending", "successor")
-        assert (rewarded.reward, rewarded.reward_id, rewarded.reward_at_ms) == (0.5, "r", 1_500)
+        assert rewarded.reward == StoredReward("r", 1_500, 0.5, b"its record")
         assert (rewarded.end, rewarded.next_id, rewarded.order) == (None, None, None)
         await streams.ship(call(policy, decision("b", "ep", 4), seq=3))
         joined = await streams.read_decision(policy, "a")
         assert joined is not None
         assert (joined.state_name, joined.waiting_for) == ("joined", None)
         assert (joined.end, joined.next_id, joined.order) == ("none", "b", "step")
-        assert (joined.reward, joined.reward_record, joined.record) == (0.5, b"its record", b"record \xff of a")
+        assert (joined.reward, joined.record) == (rewarded.reward, b"record \xff of a")
 
     with_streams(valkey_url, scenario)
 
@@ -130,12 +130,26 @@ def test_defaulted_and_voided_decisions_can_be_read(valkey_url: str, policy: str
         await streams.ship(call(policy, decision("v"), not_executed, decision("d"), through=11_000))
         voided, defaulted = [await streams.read_decision(policy, id) for id in "vd"]
         assert voided is not None
-        assert (voided.state_name, voided.end, voided.reward) == ("void", "single", 1.0)
+        assert (voided.state_name, voided.end) == ("void", "single")
+        assert voided.reward == StoredReward("", 1_500, 1.0, b"its record")
         assert defaulted is not None
         assert (defaulted.state_name, defaulted.end, defaulted.reward) == ("defaulted", "single", None)
-        assert defaulted.reward_record is None
 
     with_streams(valkey_url, scenario)
+
+
+def test_what_is_collected_can_be_read(valkey_url: str, policy: str) -> None:
+    async def scenario(streams: RedisStreams) -> None:
+        parts = reward("a", reward_id="1"), reward("a", 1_600, "2.0", "2")
+        await streams.ship(call(policy, decision("a"), *parts))
+        collecting = await streams.read_decision(policy, "a")
+        assert collecting is not None
+        assert (collecting.state_name, collecting.waiting_for, collecting.reward) == ("pending", "rewards", None)
+        assert [(each.reward_id, each.at_ms, each.reward) for each in collecting.collected] == [
+            ("1", 1_500, 1.0), ("2", 1_600, 2.0)
+        ]  # fmt: skip
+
+    with_streams(valkey_url, scenario, configs=lambda name: JoinConfig(aggregation="sum"))
 
 
 # What else Redis is used for
@@ -179,7 +193,7 @@ def test_a_probe_tells_what_the_server_promises(valkey_url: str, short: Path) ->
 
     async def secretive(streams: RedisStreams) -> None:
         facts = await streams.probe()
-        assert (facts.appendonly, facts.appendfsync) == (None, None)
+        assert (facts.appendonly, facts.appendfsync) == (True, None)
 
     with_streams(valkey_url, plain)
     with Valkey(short, durable=True) as server:

@@ -113,8 +113,39 @@ def fields(n: int, /, **changes: Any) -> dict[str, Any]:
     }
 
 
-def key(policy: str) -> str:
-    return f"sf:{{{policy}}}:transitions"
+def n_step_fields(n: int, /, k: int = 3, **changes: Any) -> dict[str, Any]:
+    """Entry number `n` of an episode over `k` steps: head of the first, end of the last."""
+    head, last = fields(n, **changes), fields(n + k - 1)
+    numbers = range(n, n + k)
+    return {
+        **{name: head[name] for name in ("v", "i", "p", "e", "q", "ep", "st", "t", "a", "s", "m", "d")},
+        **{name: last[name] for name in ("x", "b", "n", "nm", "ni", "o")},
+        "k": k,
+        "ids": ",".join(fields(each)["i"] for each in numbers),
+        "rs": ",".join(repr(float(each)) for each in numbers),
+        "lps": ",".join(repr(-each / 8) for each in numbers),
+        "js": ",".join("joined" for _ in numbers),
+        **{name: value for name, value in changes.items() if name != "record"},
+    }
+
+
+def correction_fields(n: int, /, **changes: Any) -> dict[str, Any]:
+    """The correction of entry number `n`."""
+    return {
+        **{name: fields(n)[name] for name in ("v", "i", "p", "e", "q", "r", "ri", "at", "rd")},
+        "j": "joined",
+        "w": "overtaken",
+        **changes,
+    }
+
+
+def raw(entry: dict[str, Any]) -> dict[bytes, bytes]:
+    """An entry as Redis gives it back."""
+    return {name.encode(): value if isinstance(value, bytes) else str(value).encode() for name, value in entry.items()}
+
+
+def key(policy: str, stream: str = "transitions") -> str:
+    return f"sf:{{{policy}}}:{stream}"
 
 
 def add(store: redis.Redis, policy: str, numbers: range | list[int], **changes: Any) -> list[bytes]:

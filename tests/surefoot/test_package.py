@@ -10,9 +10,12 @@ from typing import Any
 import policies.errors
 import surefoot
 from service import wire
+from service.redis_streams import SCRIPT
 from surefoot import _protocol as protocol
+from surefoot.corrections import CorrectionOptions
 from surefoot.errors import ApiError, api_error
-from tests.surefoot.stream_entries import fields
+from surefoot.streams import ReaderOptions, transitions
+from tests.surefoot.stream_entries import correction_fields, fields, n_step_fields
 
 DOCS = (Path(surefoot.__file__).parent.parent / "docs" / "client.md").read_text()
 
@@ -88,8 +91,22 @@ def test_the_answers_have_the_services_fields() -> None:
         assert set(ours.__struct_fields__) == set(theirs.__struct_fields__)
 
 
+def written(stream: str) -> list[str]:
+    """The fields of an entry, as the join's script names them."""
+    join = SCRIPT.decode()
+    start = join.index(f"B .. ':{stream}', '*'")
+    call = join[start : join.index(")\n", start)]
+    return sorted(re.findall(r"'([a-z]{1,3})', ", call))
+
+
 def test_the_join_writes_the_fields_that_are_read() -> None:
-    join = (Path(wire.__file__).parent / "join.lua").read_text()
-    start = join.index("':transitions', '*'")
-    written = re.findall(r"'([a-z]{1,2})', ", join[start : join.index("births[state]", start)])
-    assert sorted(written) == sorted(fields(0))
+    assert written("transitions") == sorted(fields(0))
+    assert written("nstep") == sorted(n_step_fields(0))
+    assert written("correction") == sorted(correction_fields(0))
+
+
+def test_the_options_of_a_reader_are_documented() -> None:
+    for name in ReaderOptions.__annotations__:
+        assert f"`{name}`" in DOCS
+        assert re.search(rf"^    {name}: |[.)] {name}: ", transitions.__doc__ or "", re.MULTILINE), name
+    assert set(CorrectionOptions.__annotations__) < set(ReaderOptions.__annotations__)

@@ -81,7 +81,7 @@ def test_a_gap_is_raised_although_the_reply_that_showed_it_was_lost(
     with reader(valkey, policy, batch_size=4, redis_url=proxy.url, max_wait_s=60.0) as stream:
         next(stream).ack()
         trim(store, policy, ids[7])
-        stream._open = False  # as after any break of the connection
+        stream._consumer._open = False  # as after any break of the connection
         proxy.lose = b"XREADGROUP"
         assert gap(stream).lost == 3
         assert next(stream).steps.tolist() == [7, 8, 9]
@@ -94,9 +94,9 @@ def test_trimming_what_the_group_has_read_is_no_gap(valkey: Valkey, store: redis
         trim(store, policy, ids[3])
         assert next(stream).steps.tolist() == [4, 5, 6, 7]
         trim(store, policy, ids[8])  # exactly behind what was read
-        stream._last.ack()  # type: ignore[union-attr]
+        stream.ack()
         assert next(stream).steps.tolist() == [8, 9]
-        stream._last.ack()  # type: ignore[union-attr]
+        stream.ack()
         store.xtrim(key(policy), maxlen=0, approximate=False)
         assert next(stream, None) is None
         add(store, policy, [10])
@@ -150,7 +150,7 @@ def test_an_entry_deleted_while_it_is_trained_on_is_no_gap(valkey: Valkey, store
     with reader(valkey, policy, auto_ack=False, claim_idle_s=0.0001) as stream:
         batch = next(stream)
         store.xdel(key(policy), *ids)
-        stream._open = False
+        stream._consumer._open = False
         assert next(stream, None) is None
         batch.ack()
     assert pending(store, policy) == 0

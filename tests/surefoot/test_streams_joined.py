@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import redis
 
-import service
 from service.decision import DecisionEvent, Event, RewardEvent, RewardFlags, RewardRecord, encode_events, encode_record
+from service.join import JoinConfig
+from service.redis_streams import SCRIPT, base, script_arguments
+from service.shipcall import ShipCall
 from tests.surefoot.stream_entries import RECORD, state
 from tests.surefoot.test_streams import reader
 from tests.surefoot.valkey import Valkey
 
-JOIN = (Path(service.__file__).parent / "join.lua").read_text()
-NOW_MS, WINDOW_MS, DAY_MS = 1_000, 1_000, 86_400_000
+NOW_MS, WINDOW_MS = 1_000, 1_000
 
 
 class Shipper:
     """Sends events to the join as one producer does."""
 
-    def __init__(self, store: redis.Redis, policy: str) -> None:
-        self._store, self._base, self._seq = store, f"sf:{{{policy}}}", 1
+    def __init__(self, store: redis.Redis, policy: str, config: JoinConfig | None = None) -> None:
+        self._policy, self._config = policy, config or JoinConfig()
+        self._script, self._seq = store.register_script(SCRIPT), 1
 
-    def ship(self, *events: Event, through_ms: int = 0, again: bool = False) -> list[Any]:
+    def ship(self, *events: Event, through_ms: int = 0, again: bool = False) -> None:
         first = self._seq - len(events) if again else self._seq
-        arguments = [first, len(events), through_ms, NOW_MS, "0", "0", DAY_MS, 1000, DAY_MS, DAY_MS, "0.0"]
-        reply: Any = self._store.eval(JOIN, 1, self._base, "w0", 3, *map(str, arguments), encode_events(list(events)))
+        blob = encode_events(list(events))
+        call = ShipCall(self._policy, "w0", 3, first, len(events), through_ms, NOW_MS, blobs=(blob,))
+        reply: Any = self._script([base(self._policy)], script_arguments(call, self._config, NOW_MS))
         assert reply[0] == b"OK"
         self._seq = reply[1] + 1
-        return list(reply)
 
 
 def decision(n: int, episode: str = "e", step: int | None = None) -> DecisionEvent:
