@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from service.shipcall import Acks, Confirm
 
-FIRST_MS, LAST_MS = 20, 250
+FIRST_MS, LAST_MS = 20, 250  # a server looks at deadlines ten times a second, or whenever it has something to do
 By = Literal["waitaof", "wait"]
 
 

@@ -35,7 +35,7 @@ class IdempotencyStore(Protocol):
 
     async def idempotent_finish(self, policy: str, key: str, digest: str, response: bytes, ttl_s: float) -> None: ...
 
-    async def idempotent_release(self, policy: str, key: str) -> None: ...
+    async def idempotent_release(self, policy: str, key: str, digest: str) -> None: ...
 
 
 class Idempotency:
@@ -85,7 +85,7 @@ class Idempotency:
         try:
             reply = await decide()
         except Exception:
-            self._behind(self._store.idempotent_release(policy, key))
+            self._behind(self._store.idempotent_release(policy, key, digest))
             raise
         self._behind(self._store.idempotent_finish(policy, key, digest, reply[1], self._ttl_s))
         return reply

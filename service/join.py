@@ -143,7 +143,7 @@ class JoinConfig:
 
     max_lag_ms: int = 300_000  # a producer silent for longer holds nothing back
     sweep_limit: int = 256  # most deadlines that one call works off
-    record_ttl_ms: int = 86_400_000  # a closed decision can be read for so long
+    record_ttl_ms: int = 3_600_000  # a closed decision can be read for so long
     successor_ttl_ms: int = 90_000_000  # a state waits so long for its predecessor to close
     episode_ttl_ms: int = 3_600_000  # what was the last decision of an episode is known for so long after it
     default_reward: str = "0.0"

@@ -49,6 +49,7 @@ class Lane:
     # The shipper's, by its monotonic clock:
     waiting_since_s: float | None = None  # since when a committed row has been waiting here
     called_s: float = float("-inf")
+    beat_s: float = 1.0  # a call goes out at least so often
     blocked_until_s: float = float("-inf")  # Redis answers, but refuses this lane altogether
     row_limit: int | None = None  # most rows in a call, while a row that Redis refuses is being searched
     rejects_in_a_row: int = 0

@@ -30,7 +30,7 @@ for i, id in ipairs(ids) do
   local raw = redis.call('GET', KEYS[1] .. ':d:' .. id)
   if raw then
     local d = cmsgpack.unpack(string.sub(raw, 2))
-    found[#found + 1] = {id, string.format('%.0f', d[4]), d[9], d[10], d[11], d[5], d[6], d[8]}
+    found[#found + 1] = {id, string.format('%.0f', d[4]), d[11], d[12], d[13], d[5], d[6], d[8]}
   end
 end
 return {#ids, '', found}

@@ -9,6 +9,7 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:{policy}:kw:<id>                              whose records of n steps wait for this decision
     sf:{policy}:wm  seen  ev  up  horizon  hold      lanes and time
     sf:{policy}:transitions  nstep  late  correction  quarantined  orphan       streams
+    sf:{policy}:alone:<stream>                       what `trimming.py` keeps: since when groups have no consumers
     sf:{policy}:lost                                 lane -> events that are gone; trainers read it
     sf:{policy}:idem:<digest>                        Idempotency-Key: claim, then answer
     sf:keyring                                       the signing keys, made once
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b, sha1
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
@@ -67,6 +69,13 @@ end
 out[18] = said[1] and said[1][10] and 1 or 0
 for i, r in ipairs(said) do out[18 + i] = {r[1], r[3], r[8], r[9]} end
 return out
+"""
+
+
+_SETTLE = b"""
+local held = redis.call('GET', KEYS[1])
+if held ~= ARGV[1] and (held or ARGV[2] == '') then return end
+if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
 """
 
 
@@ -140,6 +149,7 @@ class RedisStreams:
         self._configs = configs
         self._on_counts = on_counts
         self._by: By = "waitaof"  # how replicas are asked
+        self._claimant = token_hex(8)  # whose claims on idempotency keys are ours
 
     async def ship(self, call: ShipCall) -> Shipped | Gap:
         """Apply a lane's events. Raises StoreAway, or Refused when Redis cannot take just these."""
@@ -151,7 +161,7 @@ class RedisStreams:
         flat = reply[2]
         verdicts = tuple((int(flat[i]), flat[i + 1].decode()) for i in range(0, len(flat), 2))
         self._on_counts(call.policy, Counts(*(int(each) for each in (*reply[3], reply[4]))))
-        return Shipped(int(reply[1]), verdicts, acks)
+        return Shipped(int(reply[1]), verdicts, acks, more=bool(reply[5]))
 
     async def read_decision(self, policy: str, decision_id: str) -> StoredDecision | None:
         """Read one decision, open or closed, or None when there is no record of it. Raises StoreAway."""
@@ -170,21 +180,25 @@ class RedisStreams:
 
     async def idempotent_begin(self, policy: str, key: str, digest: str) -> tuple[str, bytes | None] | None:
         """Claim a key: None when it is ours now, else the digest that holds it and its answer, if there is one yet."""
-        claim = digest.encode() + b"\0", "NX", "GET", "PX", CLAIM_MS
+        claim = self._claim(digest), "NX", "GET", "PX", CLAIM_MS
         held = await answered(self._command("SET", _idem(policy, key), *claim, get=True))
         if held is None:
             return None
         stands, _, answer = held.partition(b"\0")
-        return stands.decode(), answer or None
+        return stands.partition(b":")[0].decode(), answer or None
 
     async def idempotent_finish(self, policy: str, key: str, digest: str, response: bytes, ttl_s: float) -> None:
-        """Store the answer under a claimed key."""
+        """Store the answer under a claimed key, unless the claim has lapsed and another holds it."""
+        ttl_ms = max(1, int(ttl_s * 1000))
         kept = digest.encode() + b"\0" + response
-        await answered(self._command("SET", _idem(policy, key), kept, "PX", max(1, int(ttl_s * 1000))))
+        await self.script(_SETTLE, _idem(policy, key), self._claim(digest), kept, ttl_ms)
 
-    async def idempotent_release(self, policy: str, key: str) -> None:
-        """Give up a claim whose request was refused."""
-        await answered(self._command("DEL", _idem(policy, key)))
+    async def idempotent_release(self, policy: str, key: str, digest: str) -> None:
+        """Give up a claim whose request was refused; one that has lapsed may be another's by now."""
+        await self.script(_SETTLE, _idem(policy, key), self._claim(digest), "", 0)
+
+    def _claim(self, digest: str) -> bytes:
+        return f"{digest}:{self._claimant}".encode() + b"\0"
 
     async def command(self, *command: Any) -> Any:
         """Run one command for `redis_store.py` or `control.py`. Raises StoreAway."""

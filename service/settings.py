@@ -91,9 +91,8 @@ class Settings(BaseSettings):
     ledger_buffer_bytes: Bytes = Field(64 << 20, description="Events waiting in memory before the ledger refuses.")
     spool_min_free_bytes: int = Field(64 << 20, ge=0, description="Stop accepting events below this much free disk.")
     max_lag_s: Seconds = Field(300.0, ge=1, description="A silent producer holds reward deadlines back so long.")
-    record_ttl_s: Seconds = Field(
-        86_400.0, ge=1, description="A closed decision's record stays readable for this long."
-    )
+    # About 1 KB each: at 100 decisions a second an hour's take 0.4 GB of Redis, a day's 9 GB (docs/memory.md).
+    record_ttl_s: Seconds = Field(3_600.0, ge=1, description="A closed decision's record stays readable for this long.")
     # A trainer that is away for a week's holiday misses nothing; the size is some 700,000 small transitions.
     stream_max_age_s: Seconds = Field(
         604_800.0, ge=1, description="A stream that no group reads keeps its entries for this long."

@@ -56,6 +56,7 @@ class Shipped:
     last: int
     verdicts: tuple[tuple[int, str], ...] = ()
     acks: Acks | None = None
+    more: bool = False  # the join has deadlines left to work off: call again soon
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ MAX_EVENTS = 256
 MAX_BYTES = 4 << 20
 LINGER_S = 0.05
 HEARTBEAT_S = 1.0
+SWEEP_S = 0.05  # while the join has deadlines left to work off; one such call takes Redis up to 10 ms
 TIDY_S = 5.0
 QUICK_REJECTS = 8
 UNCONFIRMED = "unconfirmed"  # a reason beside those of StoreAway: replicas were too few, or too slow
@@ -171,7 +172,7 @@ class Shipper:
         self._wake.clear()
 
     def _due_s(self, lane: Lane) -> float:
-        beat = lane.called_s + HEARTBEAT_S
+        beat = lane.called_s + lane.beat_s
         due = beat if lane.waiting_since_s is None else min(beat, lane.waiting_since_s + self._linger_s)
         if lane.unconfirmed:
             due = min(due, lane.confirm_again_s)
@@ -213,7 +214,7 @@ class Shipper:
             return await self._ship(lane)
         bye_is_due = self._closing and lane.drained and not lane.said_bye
         confirming_is_due = lane.unconfirmed and now >= lane.confirm_again_s
-        if bye_is_due or confirming_is_due or now - lane.called_s >= HEARTBEAT_S:
+        if bye_is_due or confirming_is_due or now - lane.called_s >= lane.beat_s:
             await self._call(lane, [])
         return False
 
@@ -268,6 +269,7 @@ class Shipper:
         if reply.last >= lane.assigned:
             log.error("join_is_ahead", policy=lane.policy, producer=lane.producer, epoch=lane.epoch, last=reply.last)
         lane.ack(reply.last)
+        lane.beat_s = SWEEP_S if reply.more else HEARTBEAT_S
         if reply.acks is not None:
             self._judge(lane, reply.acks)
         lane.said_bye = bye

@@ -59,11 +59,14 @@ class Ids:
     def dump(self, without: Ids | None = None) -> list[tuple[str, int, Pages]]:
         """Give all events but those `without`, as values that a codec can hold."""
         removed = {} if without is None else without._pages
-        return [(*source, _dumped(pages, removed.get(source, {}))) for source, pages in self._pages.items() if pages]
+        left = ((source, _dumped(pages, removed.get(source, {}))) for source, pages in self._pages.items())
+        return [(*source, pages) for source, pages in left if pages]
 
     def load(self, dumped: Iterable[tuple[str, int, Pages]]) -> None:
         """Add what `dump` gave."""
         for producer, epoch, pages in dumped:
+            if not pages:
+                continue  # Invariant: a source has pages
             own = self._pages.setdefault((producer, epoch), {})
             for page, raw in pages.items():
                 own[page] = own.get(page, 0) | int.from_bytes(raw, "little")

@@ -92,6 +92,12 @@ def test_rules_budget_and_kill_switch_are_put_in_force(tmp_path: Path) -> None:
         at_the_end = {"state": [2.5, 0.0, 0.0, 0.0]}
         answer = httpx.post(f"{server.url}/v1/act", json=at_the_end).json()
         assert (answer["action_name"], answer["exploration"]["epsilon"]) == ("left", 0.0)
+        declare, reward = command(
+            "curl -s -X PUT http://127.0.0.1:8080/admin/policies/cartpole/deployment"
+        ).splitlines()
+        assert json.loads(shell(declare.replace("TOKEN", token), server))["generation"] == 5
+        told = json.loads(shell(reward.replace(SHORTENED, answer["decision_id"]), server))
+        assert (told["status"], told["reward"]) == ("joined", 2.5)
     finally:
         assert server.stop() == 0, server.log
 
@@ -141,7 +147,7 @@ def test_the_subcommands_that_the_documents_name_exist() -> None:
     tree = get_command(app)
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]:
         for named in re.findall(
-            r"surefoot ((?:serve|policy|config|transitions|replay)(?: [a-z]+)?)\b", page.read_text()
+            r"surefoot ((?:serve|policy|config|transitions|replay)(?: [a-z-]+)?)\b", page.read_text()
         ):
             group, _, name = named.partition(" ")
             found = tree.commands[group]  # type: ignore[attr-defined]

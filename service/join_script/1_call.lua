@@ -12,7 +12,7 @@
 --          sweep_limit, record_ttl_ms, successor_ttl_ms, default_reward, aggregation, low, high, n_step,
 --          episode_ttl_ms, then blobs of events (service/decision.py)
 -- Reply    {"GAP", last} or {"OK", last, {seq, verdict, …},
---          {joined, defaulted, void, quarantined, late, correction, orphan, lost}, pending}
+--          {joined, defaulted, void, quarantined, late, correction, orphan, lost}, pending, more (1: call again soon)}
 --
 -- Keys     B:wm  lane -> last seq         B:seen  lanes by until when wm keeps them     B:lost  lane -> events gone
 --          B:ev  lane -> event time shipped through, and when heard     B:up  since when calls come without a break

@@ -71,7 +71,12 @@ if low > horizon then
   c('SET', HORIZON, whole(horizon))
 end
 
-local function until_time(key, time) return ipairs(c('ZRANGE', key, '-inf', whole(time), 'BYSCORE', 'LIMIT', 0, sweep_limit)) end
+local more = 0  -- whether there is work left that time alone will not bring
+local function until_time(key, time)
+  local found = c('ZRANGE', key, '-inf', whole(time), 'BYSCORE', 'LIMIT', 0, sweep_limit)
+  if #found >= sweep_limit then more = 1 end
+  return ipairs(found)
+end
 
 -- First who follows whom, then rewards of whole episodes, then deadlines, then rewards that never found their decision.
 for _, id in until_time(ORD, horizon) do
@@ -113,4 +118,4 @@ for _, lane in ipairs(c('ZRANGE', SEEN, '-inf', whole(now), 'BYSCORE', 'LIMIT', 
   c('ZREM', SEEN, lane)
 end
 return {'OK', last, verdicts,
-  {births.joined, births.defaulted, births.void, births.quarantined, lates, corrections, orphans, lost}, c('ZCARD', DUE)}
+  {births.joined, births.defaulted, births.void, births.quarantined, lates, corrections, orphans, lost}, c('ZCARD', DUE), more}

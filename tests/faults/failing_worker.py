@@ -18,6 +18,7 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ FUNCTIONS: dict[str, Any] = {
     "Adoption.look_around": adoption.Adoption,
 }
 STATEMENTS = ("BEGIN", "INSERT", "COMMIT")  # of the spool's transaction
+LINGER_S = 0.02  # less than the shipper waits, which would ship what is not on disk
 UNLINKS = ("unlink .db", "unlink .db-wal")  # in the middle of a file's deletion
 
 
@@ -69,6 +71,8 @@ def _hasten() -> None:
 
 
 def _die(mark: Path) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        threading.Event().wait(LINGER_S)  # the event loop goes on: an answer that is given too early gets out
     mark.touch()
     os.kill(os.getpid(), signal.SIGKILL)
 

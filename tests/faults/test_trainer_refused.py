@@ -72,7 +72,7 @@ def test_a_redis_that_takes_no_writes_is_away_and_not_final(store: Store, refuse
 def test_a_redis_that_changes_its_role_while_a_trainer_waits_is_away_and_not_final(store: Store) -> None:
     with store.client() as client:
         add(client, POLICY, range(1))
-    with transitions(POLICY, "group", "one", redis_url=store.url, block_s=20.0, max_wait_s=20.0) as stream:
+    with transitions(POLICY, "group", "one", redis_url=store.url, batch_size=1, max_wait_s=6.0) as stream:
         next(stream).ack()
 
         def flip() -> None:

@@ -97,6 +97,25 @@ def test_many_events_fit_into_one_call(valkey_url: str, policy: str) -> None:
     with_streams(valkey_url, scenario)
 
 
+def test_a_claim_that_has_lapsed_takes_nothing_from_who_holds_it_now(
+    valkey_url: str, store: redis.Redis, policy: str
+) -> None:
+    async def scenario(slow: RedisStreams) -> None:
+        quick = RedisStreams(connect(valkey_url))
+        assert await slow.idempotent_begin(policy, "k", "digest") is None
+        (key,) = store.scan_iter(f"{base(policy)}:idem:*")
+        store.delete(key)  # what time does
+        assert await quick.idempotent_begin(policy, "k", "digest") is None
+        await slow.idempotent_release(policy, "k", "digest")
+        await slow.idempotent_finish(policy, "k", "digest", b"the first decision", 60.0)
+        assert await quick.idempotent_begin(policy, "k", "digest") == ("digest", None), "still claimed"
+        await quick.idempotent_finish(policy, "k", "digest", b"the second", 60.0)
+        assert await slow.idempotent_begin(policy, "k", "digest") == ("digest", b"the second")
+        await quick.aclose()
+
+    with_streams(valkey_url, scenario)
+
+
 def test_a_decision_can_be_read_at_every_stage(valkey_url: str, policy: str) -> None:
     async def scenario(streams: RedisStreams) -> None:
         assert await streams.read_decision(policy, "a") is None
@@ -174,9 +193,11 @@ def test_an_idempotency_key_is_claimed_answered_and_given_up(valkey_url: str, st
         assert await streams.idempotent_begin(policy, "k", "other") == ("digest", b"\0 answer \xff")
         (key,) = store.scan_iter(f"{base(policy)}:idem:*")
         assert 50 < store.ttl(key) <= 60
-        await streams.idempotent_release(policy, "k")
-        assert await streams.idempotent_begin(policy, "k", "other") is None
+        await streams.idempotent_release(policy, "k", "digest")
+        assert await streams.idempotent_begin(policy, "k", "other") == ("digest", b"\0 answer \xff"), "it was answered"
         assert await streams.idempotent_begin("another policy", "k", "digest") is None
+        await streams.idempotent_release("another policy", "k", "digest")
+        assert await streams.idempotent_begin("another policy", "k", "other") is None
 
     with_streams(valkey_url, scenario)
 
@@ -255,7 +276,7 @@ def every_call(policy: str) -> dict[str, Callable[[RedisStreams], Awaitable[Any]
         "keyring": lambda streams: streams.keyring("k"),
         "idempotent_begin": lambda streams: streams.idempotent_begin(policy, "k", "d"),
         "idempotent_finish": lambda streams: streams.idempotent_finish(policy, "k", "d", b"r", 1.0),
-        "idempotent_release": lambda streams: streams.idempotent_release(policy, "k"),
+        "idempotent_release": lambda streams: streams.idempotent_release(policy, "k", "d"),
     }
 
 

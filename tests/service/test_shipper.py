@@ -208,6 +208,32 @@ def test_heartbeats_drive_the_sweep(tmp_path: Path, server: Server) -> None:
     asyncio.run(scenario())
 
 
+def test_many_deadlines_do_not_wait_for_as_many_heartbeats(tmp_path: Path, server: Server) -> None:
+    """One call works off so many; while there are more, calls follow each other much sooner than heartbeats."""
+
+    async def scenario() -> None:
+        clock = ManualClock()
+        async with open_world(tmp_path, server.url, clock) as world:
+            made = [world.decision(f"d{k}") for k in range(1_000)]
+            await world.append(list(made)).committed
+            await world.ship_all()
+            clock.advance(WINDOW_MS)
+            await world.beat()
+            await world.beat()
+            waited_ms = 0
+            while len(server.transitions()) < 1_000:
+                clock.advance(50)
+                waited_ms += 50
+                await world.shipper.run_once()
+            assert waited_ms <= 250
+            calls = world.shipper.statistics().calls
+            clock.advance(900)
+            await world.shipper.run_once()
+            assert world.shipper.statistics().calls == calls, "nothing is left: heartbeats again"
+
+    asyncio.run(scenario())
+
+
 def test_a_silent_new_worker_holds_deadlines_until_it_has_shipped(tmp_path: Path, server: Server) -> None:
     async def scenario() -> None:
         clock = ManualClock()

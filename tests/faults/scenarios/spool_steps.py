@@ -16,8 +16,16 @@ from tests.waiting import until
 POINTS = [(point, when) for point, when in product((*FUNCTIONS, *STATEMENTS, *UNLINKS), ("before", "after"))]
 # What every epoch goes through once: a later call may not come.
 ONCE = re.compile(r"Adoption|reopen|create|start_new_file|finish_file|unlink|[dD]elete|expire")
-QUICK = (("COMMIT", "before"), ("COMMIT", "after"), ("RedisStreams.ship", "after"), ("Lane.ack", "after"),
-         ("unlink .db", "after"), ("Spool.reopen", "after"))  # fmt: skip
+QUICK = (
+    ("COMMIT", "before"),
+    ("INSERT", "before"),
+    ("COMMIT", "before"),
+    ("COMMIT", "after"),
+    ("RedisStreams.ship", "after"),
+    ("Lane.ack", "after"),
+    ("unlink .db", "after"),
+    ("Spool.reopen", "after"),
+)
 
 
 def failpoints(settings: Settings) -> Report:
