@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test lint check fix coverage constraints train clean
+.PHONY: run test faults lint check fix coverage constraints train clean
 
 run: $(VENV)/.run ## Install what serving needs, then serve; all SUREFOOT_ variables are passed on
 	exec $(BIN)/surefoot serve
@@ -14,6 +14,10 @@ test: $(VENV)/.test ## Install what tests need, then run the checks and the test
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest --cov=policies --cov=safety --cov=service --cov-report=term:skip-covered $(ARGS)
 	$(BIN)/python -m coverage report --fail-under=100 --include='$(PURE)'
+
+faults: $(VENV)/.test ## Break a whole service in every way of docs/faults.md, and count what was lost; ARGS="--quick --row 4"
+	command -v faketime >/dev/null || { apt-get update -qq && apt-get install -y -qq faketime >/dev/null; } || true
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(VENV)/.test ## Style, types, import arrows
 	$(BIN)/ruff check .
@@ -38,7 +42,7 @@ clean: ## Remove what make made; the data directory stays
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # Modules that decide and do no I/O: every branch is tested.
-PURE := policies/bundle.py,policies/continuous.py,policies/deployment.py,policies/draw.py,policies/errors.py,policies/explore.py,policies/extent.py,policies/graph.py,policies/heads.py,policies/manifest.py,policies/route.py,policies/types.py,safety/*.py,service/acks.py,service/allowance.py,service/allowed.py,service/backoff.py,service/calibration_state.py,service/decision.py,service/dry_run.py,service/dry_run_facts.py,service/dry_run_limits.py,service/dry_run_report.py,service/dry_run_verdicts.py,service/history.py,service/ids.py,service/join.py,service/join_model.py,service/judge.py,service/logged.py,service/memory.py,service/memory_writes.py,service/openapi.py,service/pins.py,service/plan.py,service/problems.py,service/record.py,service/reward_events.py,service/ruling.py,service/scalar.py,service/settle.py,service/states.py,service/store_facts.py,service/wire.py
+PURE := policies/bundle.py,policies/continuous.py,policies/deployment.py,policies/draw.py,policies/errors.py,policies/explore.py,policies/extent.py,policies/graph.py,policies/heads.py,policies/manifest.py,policies/route.py,policies/types.py,safety/*.py,service/acks.py,service/allowance.py,service/allowed.py,service/backoff.py,service/calibration_state.py,service/decision.py,service/dry_run.py,service/dry_run_facts.py,service/dry_run_limits.py,service/dry_run_report.py,service/dry_run_verdicts.py,service/history.py,service/ids.py,service/join.py,service/join_model.py,service/judge.py,service/logged.py,service/memory.py,service/memory_writes.py,service/openapi.py,service/pins.py,service/plan.py,service/problems.py,service/record.py,service/reward_events.py,service/ruling.py,service/scalar.py,service/settle.py,service/shipcall.py,service/states.py,service/store_facts.py,service/wire.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

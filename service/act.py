@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import structlog
 
-from policies.errors import LedgerBroken, LedgerFull
+from policies.errors import LedgerBroken, LedgerFull, Unconfirmed
 from policies.route import Assignment, assign, unit_of
 from safety.halt import combined
 from service.allowance import Strength, Terms
@@ -32,7 +32,7 @@ from service.ledger import Ledger
 from service.metrics import Metrics
 from service.pins import Pins
 from service.plan import Group, Outcome, Plan, Row, Safeguards, Settled
-from service.record import Answers, answer, as_unlogged, last_resort
+from service.record import Answers, answer, as_unlogged, last_resort, unrecorded
 from service.settle import settle
 from service.wire import ActResponse
 
@@ -109,7 +109,7 @@ class Decider:
         if held is not None:
             held.settle(answers.executed)
         self._watch(settled)
-        return await self._record(answers)
+        return await self._record(answers, settled)
 
     def renew(self, plan: Plan, safeguards: Safeguards) -> None:
         """Decide by another plan from the next batch on, and by safeguards that fit it."""
@@ -224,7 +224,7 @@ class Decider:
                     for rule in each.judged.constraint.monitors_against(i, action):
                         self._metrics.monitored.labels(self._policy, rule).inc()
 
-    async def _record(self, answers: Answers) -> list[Outcome]:
+    async def _record(self, answers: Answers, settled: Sequence[Settled]) -> list[Outcome]:
         try:
             if answers.count:
                 appended = self._ledger.append_nowait(self._policy, answers.count, answers.blob, answers.at_ms)
@@ -232,7 +232,9 @@ class Decider:
         except (LedgerFull, LedgerBroken) as error:
             log.warning("decisions_not_logged", policy=self._policy, count=answers.count, reason=error.code)
             self._metrics.unlogged.labels(self._policy).inc(answers.count)
-            return self._count(as_unlogged(answers.outcomes))
+            if isinstance(error, Unconfirmed):  # kept here, and on its way: another answer would belie the record
+                return self._count(as_unlogged(answers.outcomes))
+            return self._count(unrecorded(answers.outcomes, settled))
         return self._count(answers.outcomes)
 
     def _count(self, outcomes: list[Outcome]) -> list[Outcome]:

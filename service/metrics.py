@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from policies.types import Role
 from safety.types import FallbackReason
-from service.wire import INTERNAL, ActResponse
+from service.wire import INTERNAL, UNRECORDED, ActResponse
 
 # From a lone inline decision (some 200 µs) to the default deadline of a request (1 s), about 2 buckets per doubling.
 SECONDS = (
@@ -223,7 +223,7 @@ class Metrics:
             return
         for role in get_args(Role):
             self._decisions.remove(policy, version, role)
-        for reason in (*get_args(FallbackReason), INTERNAL):
+        for reason in (*get_args(FallbackReason), INTERNAL, UNRECORDED):
             self._fallbacks.remove(policy, version, reason)
         for metric in (self._explored, self._duration, self._inference):
             metric.remove(policy, version)
@@ -238,7 +238,7 @@ class Metrics:
             decisions={role: self._decisions.labels(policy, version, role) for role in get_args(Role)},
             fallbacks={
                 reason: self._fallbacks.labels(policy, version, reason)
-                for reason in (*get_args(FallbackReason), INTERNAL)
+                for reason in (*get_args(FallbackReason), INTERNAL, UNRECORDED)
             },
             explored=self._explored.labels(policy, version),
             duration=self._duration.labels(policy, version),

@@ -7,6 +7,7 @@ It knows nothing of the ledger, HTTP or time (`at_ms` is given).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ from safety.joint import marginals
 from safety.types import Constraint, FallbackReason
 from service.decision import DecisionEvent, DecisionFlags, Event, Record, action_text, encode_events, encode_record
 from service.plan import Group, Outcome, Settled
-from service.wire import INTERNAL, ActResponse, Exploration, PointDistribution, Safety
+from service.wire import INTERNAL, UNRECORDED, ActResponse, Exploration, PointDistribution, Safety
 
 if TYPE_CHECKING:
     from policies.continuous import DrawnPoints, PointBehaviour
@@ -71,7 +72,17 @@ def as_unlogged(outcomes: list[Outcome]) -> list[Outcome]:
     ]
 
 
-def last_resort(groups: list[Group]) -> list[Outcome]:
+def unrecorded(outcomes: list[Outcome], settled: Sequence[Settled]) -> list[Outcome]:
+    """The same answers where nothing was kept: what was explored is not answered, the fallback is."""
+    order = sorted(index for each in settled for index in each.group.index)
+    placed = dict(zip(order, as_unlogged(outcomes), strict=True))
+    explored = {i for i, outcome in placed.items() if isinstance(outcome, ActResponse) and outcome.explored}
+    parts = [(each.group, [k for k, i in enumerate(each.group.index) if i in explored]) for each in settled]
+    instead = last_resort([group.some(rows) for group, rows in parts if rows], UNRECORDED)
+    return _in_order(placed | dict(zip(sorted(explored), instead, strict=True)))
+
+
+def last_resort(groups: list[Group], reason: str = INTERNAL) -> list[Outcome]:
     """Answer with the declared fallback when the pipeline itself has failed; nothing is known, nothing is recorded."""
     placed: dict[int, Outcome] = {}
     for group in groups:
@@ -91,11 +102,11 @@ def last_resort(groups: list[Group]) -> list[Outcome]:
                 action=action,
                 action_name=name,
                 propensity=None,
-                propensity_reason=INTERNAL,
+                propensity_reason=reason,
                 explored=False,
                 exploration=Exploration(0.0),
                 safety=Safety(False, cast(Any, action if name is None else name), ()),
-                fallback=INTERNAL,
+                fallback=reason,
                 logged=False,
             )
     return _in_order(placed)

@@ -26,6 +26,7 @@ Action = Choice | list[Choice | float]  # an index or name; one for each factor;
 ABSENT = (b"", b"null")  # a raw field that was left out, or is null
 
 INTERNAL = "internal_error"  # why nothing is known of a decision whose pipeline failed
+UNRECORDED = "not_recorded"  # why an explored action was not answered: what is explored is recorded
 Context = dict[str, Any]
 
 

@@ -92,9 +92,11 @@ def evaluate(batch: Batch, target: npt.ArrayLike, **options: object) -> Estimate
 
     Give what the policy would do behind the same rules: `behind_masks`. Mass on actions that the log's mask forbade is
     unsupported otherwise, which is right for a policy that would come with other rules. Options are `estimate`'s.
-    Raises ValueError for points (see `surefoot.log_prob` and `estimate`), and for rows that are no distributions.
-    With several factors π and b are products; support is judged factor by factor.
+    Raises ValueError for points (see `surefoot.log_prob` and `estimate`), for n-step transitions, and for rows that are
+    no distributions. With several factors π and b are products; support is judged factor by factor.
     """
+    if batch.rewards.ndim != 1:
+        raise ValueError("these are n-step transitions: estimate from those of one step")
     probabilities = np.asarray(target, np.float64)
     parts = _parts(batch, probabilities)
     rows, chosen, supported = np.arange(len(batch)), np.ones(len(batch)), np.ones(len(batch))

@@ -31,6 +31,9 @@ _AWAY = (
     redis.exceptions.ClusterDownError,
     redis.exceptions.AskError,  # the policy's slot is being moved
 )
+# How answers begin that redis-py has no class for, and that pass: too few replicas, a snapshot that fails, a primary
+# that is gone, a script that runs long, a server that became a replica while a command waited.
+_PASSING = frozenset({"NOREPLICAS", "MISCONF", "MASTERDOWN", "BUSY", "UNBLOCKED", "OOM"})
 
 
 class Command:
@@ -121,7 +124,7 @@ def is_away(error: redis.RedisError) -> bool:
     """Whether waiting may help: Redis restarts, loads its files, or a failover is under way."""
     if isinstance(error, redis.AuthenticationError | redis.exceptions.AuthorizationError):
         return False
-    return isinstance(error, _AWAY)
+    return isinstance(error, _AWAY) or str(error).split(" ", 1)[0] in _PASSING
 
 
 def translated(error: redis.RedisError) -> SurefootError:

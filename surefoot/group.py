@@ -62,6 +62,7 @@ class Group:
         self._trimmed: dict[bytes, int] = {}  # reported by position: the last one's alone are kept
         self._told: dict[bytes, int] = {}  # by lane, what this group has been told of the service's losses
         self._deleted_before: StreamId = NEVER  # `max-deleted-entry-id` when the group was made
+        self._next: bytes | None = None  # what is to be read next, kept while Redis cannot count for the group
         self._owed: list[Gap] = []  # found, but not yet handed to the caller: the connection may break in between
 
     def open(self) -> Exchange[Delivery]:
@@ -124,6 +125,7 @@ class Group:
             # Nothing was read, so nothing moved the group past the gap: do it, or it would be found for ever.
             yield Command("xgroup_setid", self._key, self._group, survey.last_generated, entries_read=survey.added)
         self._position = entries[-1][0] if entries else survey.last_delivered
+        self._next = (yield from self._behind(self._position)) if survey.entries_read is None else None
         gaps = self._settle_owed()
         return Delivery(entries, gaps=gaps, idle=not entries and not gaps)
 
@@ -137,15 +139,16 @@ class Group:
     def _create(self) -> Exchange[None]:
         lost_it = self._opened and all(gap.reason != "group_missing" for gap in self._owed)
         # Recreated after a loss it starts from what is there, wherever it was to start at first.
-        start: Any = b"0" if self._opened else self._start.encode()
-        read, known, there = None, dict((yield Command("hgetall", self._lost_key))), "nothing"
+        wanted: Any = b"0" if self._opened else self._start.encode()
+        start, read, known, there = wanted, None, dict((yield Command("hgetall", self._lost_key))), "nothing"
         resume = b"0-1"
         try:
             stream = yield Command("xinfo_stream", self._key)
         except redis.ResponseError as error:
             _reraise_unless(error, "no such key")
         else:
-            start, read = _beginning(start, stream)
+            start, read = _beginning(wanted, stream)
+            self._next = (yield from self._behind(start)) if read is None else None
             known[_DELETED_BEFORE] = stream["max-deleted-entry-id"]
             resume = stream["recorded-first-entry-id"] if stream["length"] else following(stream["last-generated-id"])
             there = f"{stream['length']} entries"
@@ -154,10 +157,32 @@ class Group:
             self._owe(detail, "group_missing", resume)
         if known:
             yield Command("hset", self._told_key, mapping=known)
+        create = Command("xgroup_create", self._key, self._group, start, mkstream=True, entries_read=read)
+        if _DELETED_BEFORE not in known:
+            yield from self._unless_quicker(create)
+            return
+        found = yield from self._unless_quicker(Transaction((Command("xinfo_stream", self._key), create)))
+        if found is not None and (found[0], _beginning(wanted, found[0])) != (stream, (start, read)):
+            yield from self._begin_again(wanted, found[0])
+
+    def _unless_quicker(self, create: Request) -> Exchange[Any]:
+        """Make the group; None when another consumer was quicker."""
         try:
-            yield Command("xgroup_create", self._key, self._group, start, mkstream=True, entries_read=read)
+            return (yield create)
         except redis.ResponseError as error:
-            _reraise_unless(error, "BUSYGROUP")  # another consumer was quicker
+            _reraise_unless(error, "BUSYGROUP")
+            return None
+
+    def _begin_again(self, wanted: bytes, stream: Mapping[str, Any]) -> Exchange[None]:
+        """The stream went on, or was trimmed, between the look at it and the group: what went then is not its loss."""
+        start, read = _beginning(wanted, stream)
+        yield Command("xgroup_setid", self._key, self._group, start, entries_read=read)
+        yield Command("hset", self._told_key, mapping={_DELETED_BEFORE: stream["max-deleted-entry-id"]})
+
+    def _behind(self, position: bytes) -> Exchange[bytes | None]:
+        """The first entry behind a position."""
+        found = yield Command("xrange", self._key, f"({position.decode()}", "+", count=1)
+        return found[0][0] if found else None
 
     def _survey(self) -> Exchange[Survey]:
         stream, groups = yield from self._ask(Transaction(self._look()))
@@ -167,6 +192,11 @@ class Group:
         return Command("xinfo_stream", self._key), Command("xinfo_groups", self._key)
 
     def _note_trimmed(self, survey: Survey) -> None:
+        if survey.entries_read is None and self._next is not None and survey.gone(self._next):
+            resume = survey.ahead()
+            detail = f"the stream was trimmed past the group: at least 1 entry lost; it goes on at {resume.decode()}"
+            self._owe(detail, "trimmed", resume)
+            self._next = None
         lost = min(survey.cut_off(), survey.removed - self._reported)
         if lost > 0:
             self._reported = survey.removed
@@ -231,9 +261,9 @@ def _beginning(start: bytes, stream: Mapping[str, Any]) -> tuple[bytes, int | No
     """Where a new group begins, and how many entries count as read: what went before it is not its loss."""
     if start == b"0":
         return start, stream["entries-added"] - stream["length"]
-    if start == b"$":
+    if start in (b"$", stream["last-generated-id"]):
         return stream["last-generated-id"], stream["entries-added"]
-    return start, None
+    return start, None  # Redis counts for the group once it has reached the end
 
 
 def _counts(mapping: Mapping[Any, Any]) -> dict[bytes, int]:

@@ -55,6 +55,11 @@ class Survey:
             return 0
         return max(0, self.removed - self.entries_read)
 
+    def gone(self, stream_id: bytes) -> bool:
+        """Whether an entry that the group has not read was removed from the front."""
+        unread = parse_id(stream_id)
+        return parse_id(self.last_delivered) < unread and not NEVER < self.first <= unread
+
     def stepped_over(self, entries: Sequence[Entry], count: int) -> bool:
         """Whether a read of up to `count` entries that brought `entries` went past a deleted one.
 

@@ -1,8 +1,8 @@
 """`python -m tests.faults`: every row at full size, and a table; exit code 1 when a promise did not hold.
 
 --row N       only these rows (may be given several times)     --quick      at the size of the tests
---only NAME   only rows whose name holds this                  --out FILE   write the table there, too
---seed S      the chance of the run
+--only NAME   only rows whose name holds this                  --tier node  in this tier, not in their own
+--seed S      the chance of the run                            --out FILE   write the table there, too
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.faults.oracle import Verdict
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--row", type=int, action="append")
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 1_000_000)
+    parser.add_argument("--tier", choices=("process", "node"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     wanted = parser.parse_args(arguments)
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> int:
     rows = [row for row in ROWS if (wanted.row is None or row.number in wanted.row) and wanted.only in row.name]
     if not rows:
         parser.error(f"there are rows {sorted({row.number for row in ROWS})}")
-    reports = [_run(row, tier, wanted.seed, not wanted.quick) for row in rows for tier in row.tiers]
+    reports = [_run(row, tier, wanted.seed, not wanted.quick) for row in rows for tier in _tiers(row, wanted.tier)]
     _say(table(reports))
     if wanted.out is not None:
         wanted.out.write_text(table(reports) + "\n")
@@ -42,6 +44,10 @@ def main(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _tiers(row: Row, wanted: str | None) -> Sequence[str]:
+    return row.tiers if wanted is None else (wanted,)
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -49,7 +55,7 @@ def _say(text: str) -> None:
 
 def _run(row: Row, tier: str, seed: int, full: bool) -> Report:
     begun_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="sf-") as folder:
+    with tempfile.TemporaryDirectory(prefix="surefoot-faults-") as folder:
         try:
             report = row.run(Settings(Path(folder), seed, full, tier))
         except Impossible as reason:
@@ -57,6 +63,7 @@ def _run(row: Row, tier: str, seed: int, full: bool) -> Report:
         except Exception as error:
             traceback.print_exc()
             report = Report(row.number, row.name, Verdict(), broken=[f"{type(error).__name__}: {str(error)[:5000]}"])
+    _say("| " + " | ".join(report.cells()) + " |")
     state = "FAILED" if report.failures else "ok"
     _say(f"row {row.number}, {row.name} ({tier}): {state}, {time.monotonic() - begun_s:.0f} s")
     return report

@@ -22,6 +22,7 @@ from tests.faults.policy import some_request
 from tests.waiting import until
 
 TIMEOUT_S = 30.0
+PATIENCE_S = 600.0  # a slow machine breaks no promise
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Game:
     def more(self, acts: int) -> None:
         """Wait until so many more acts have been answered."""
         enough = self.journal.answered + acts
-        until(lambda: self.journal.answered >= enough or not self.alive, "traffic", 180.0)
+        until(lambda: self.journal.answered >= enough or not self.alive, "traffic", PATIENCE_S)
         assert self.alive, self.raised
 
     @property

@@ -23,7 +23,7 @@ CHANCE = random.Random(1)
 @pytest.fixture
 def here() -> Iterator[World]:
     with (
-        tempfile.TemporaryDirectory(prefix="sf-") as folder,
+        tempfile.TemporaryDirectory(prefix="surefoot-faults-") as folder,
         world(Settings(Path(folder), 1), verdict_wait_s="5") as found,
     ):
         yield found

@@ -34,7 +34,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Report]
 
 
 def _run(row: Row) -> Report:
-    folder = Path(tempfile.mkdtemp(prefix="sf-"))
+    folder = Path(tempfile.mkdtemp(prefix="surefoot-faults-"))
     try:
         return row.run(Settings(folder, SEED, tier=row.tiers[-1]))
     finally:

@@ -51,13 +51,7 @@ def read_on(stream: Transitions) -> None:
         next(stream)
 
 
-KNOWN = pytest.mark.xfail(reason="surefoot takes these answers for final", strict=True)
-
-
-@pytest.mark.parametrize(
-    "refuse",
-    [pytest.param(without_replicas, marks=KNOWN), pytest.param(failing_snapshots, marks=KNOWN), read_only],
-)
+@pytest.mark.parametrize("refuse", [without_replicas, failing_snapshots, read_only])
 def test_a_redis_that_takes_no_writes_is_away_and_not_final(store: Store, refuse: Callable[[Store], None]) -> None:
     with store.client() as client:
         add(client, POLICY, range(3))
@@ -68,7 +62,6 @@ def test_a_redis_that_takes_no_writes_is_away_and_not_final(store: Store, refuse
             read_on(stream)
 
 
-@KNOWN
 def test_a_redis_that_changes_its_role_while_a_trainer_waits_is_away_and_not_final(store: Store) -> None:
     with store.client() as client:
         add(client, POLICY, range(1))

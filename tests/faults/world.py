@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -48,7 +49,7 @@ class World:
     def play(self, urls: Sequence[str] = (), **habits: Any) -> AbstractContextManager[Game]:
         """Let clients act and reward during a `with` block."""
         self.games += 1
-        wanted = Habits(**habits)
+        wanted = Habits(**({"players": self.settings.count(6, 24)} | habits))
         return playing(urls or self.urls, self.policy, self.journal, wanted, self.settings.seed + self.games)
 
     def drained(self) -> bool:
@@ -135,15 +136,21 @@ def world(
         direct = stack.enter_context(FaultProxy(lambda: here.store.address))
         here.trainer = Trainer(policy, direct.redis_url)
         stack.callback(_end, here)
-        (folder / "trials").mkdir()
         for number in range(replicas):
-            at = folder / f"replica-{number}"
-            (at / "data").mkdir(parents=True, exist_ok=True)
-            (at / "data" / "trials").symlink_to(folder / "trials")  # verdicts on bundles: tried once for all
+            at = _folder_of(folder, number)
             here.replicas.append(Replica(at, own, environments[number] if environments else {}, command))
             here.replicas[-1].start(wait)
         stack.enter_context(here.trainer)
         yield here
+
+
+def _folder_of(folder: Path, number: int) -> Path:
+    """Make a replica's folder. Verdicts on bundles are shared: they are tried once for all."""
+    at = folder / f"replica-{number}"
+    (at / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "trials").mkdir(exist_ok=True)
+    (at / "data" / "trials").symlink_to(folder / "trials")
+    return at
 
 
 def _end(here: World) -> None:

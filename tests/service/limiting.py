@@ -19,6 +19,7 @@ from safety.limits import Limit, LimitSet, bind
 from safety.rules import Cooldown, Cost, MaxStep, Rate, Rule
 from service.clock import ManualClock
 from service.limits import LimitRow, Limits, Reserved
+from service.redis_connection import Client, One
 from service.redis_streams import RedisStreams
 
 Mode = Literal["pass", "cut", "lose", "hang"]
@@ -132,7 +133,7 @@ class Holder:
 
     limits: Limits
     proxy: Proxy
-    client: Redis
+    client: Client
     name: str
     open: list[Open] = field(default_factory=list)
 
@@ -158,8 +159,12 @@ class World:
     async def add(self) -> Holder:
         proxy = Proxy(self._socket)
         await proxy.start()
-        retry = Retry(NoBackoff(), 0)
-        client = Redis.from_url(proxy.url, retry=retry, socket_timeout=0.05, socket_connect_timeout=0.05)
+
+        def impatient() -> Redis:
+            retry = Retry(NoBackoff(), 0)
+            return Redis.from_url(proxy.url, retry=retry, socket_timeout=0.05, socket_connect_timeout=0.05)
+
+        client = Client(One(impatient))
         name = f"h{len(self.holders) + len(self._gone)}"
         limits = Limits(
             RedisStreams(client), self._policy, self.clock, holder=name, local_keys=self._local_keys, now_ms=1

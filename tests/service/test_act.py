@@ -189,6 +189,31 @@ def test_when_nothing_can_be_recorded_the_answer_is_safe_and_says_so() -> None:
     run(work)
 
 
+def test_what_was_explored_and_could_not_be_recorded_is_not_answered() -> None:
+    """The ledger took rows until this one, so that the draw explored; the fallback answers in its place."""
+    loaded = version(METRICS, "v1", IDENTITY, exploration={"epsilon": 0.5})
+
+    async def work() -> None:
+        with decider(plan({"v1": loaded})) as (pipeline, _, clock):
+            asked = rows(*[[0.0, 1.0]] * 64)
+            told = answered(await pipeline.decide(asked))
+            assert 0 < sum(answer.explored for answer in told) < 64
+            pipeline._ledger = FullLedger(None, clock, tier="memory")
+            again = answered(await pipeline.decide(asked))
+            replaced = [answer for answer in again if answer.fallback == "not_recorded"]
+            assert 0 < len(replaced) < 64
+            assert {(answer.action, answer.propensity, answer.propensity_reason) for answer in replaced} == {
+                (0, None, "not_recorded")
+            }
+            others = [answer for answer in again if answer.fallback is None]
+            assert {answer.action for answer in others} == {1}
+            assert len(replaced) + len(others) == 64
+            assert not any(answer.explored or answer.logged for answer in again)
+            assert len({answer.decision_id for answer in again}) == 64
+
+    run(work)
+
+
 def test_exploration_stops_while_the_ledger_does_not_accept() -> None:
     loaded = version(METRICS, "v1", IDENTITY, exploration={"epsilon": 1.0})
 

@@ -12,9 +12,11 @@ from service.join import JoinConfig
 from service.redis_streams import SCRIPT, base, script_arguments
 from service.shipcall import ShipCall
 from surefoot import Gap
+from surefoot.exchange import Exchange, run
+from surefoot.group import Delivery, Group
 from surefoot.streams import Transitions
 from surefoot.survey import following
-from tests.surefoot.stream_entries import add, key
+from tests.surefoot.stream_entries import add, fields, key
 from tests.surefoot.test_streams import numbers, reader
 from tests.surefoot.test_streams_joined import NOW_MS, decision
 from tests.surefoot.valkey import Valkey
@@ -66,6 +68,52 @@ def test_a_group_that_began_with_what_came_misses_what_is_trimmed_before_it_read
         found = gap(stream)
         assert (found.reason, found.lost, found.resume) == ("trimmed", 2, ids[2].decode())
         assert steps(stream) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_group_that_began_in_the_middle_misses_what_is_trimmed_before_it_read(
+    valkey: Valkey, store: redis.Redis, policy: str, counts: bool
+) -> None:
+    """Redis does not count for such a group until it has reached the end."""
+    ids = add(store, policy, range(10))
+    with reader(valkey, policy, start=ids[1].decode(), batch_size=2) as stream:
+        assert next(stream).steps.tolist() == [2, 3]
+        if counts:  # what it reads next is the first there is, which Redis can count
+            store.xtrim(key(policy), minid=ids[4], approximate=False)
+        assert next(stream).steps.tolist() == [4, 5]
+        store.xtrim(key(policy), minid=ids[8], approximate=False)
+        found = gap(stream)
+        assert (found.reason, found.lost, found.resume) == ("trimmed", 2 if counts else None, ids[8].decode())
+        assert steps(stream) == [8, 9]
+        more = add(store, policy, range(10, 14))
+        store.xtrim(key(policy), minid=more[3], approximate=False)
+        assert gap(stream).lost == 3  # now it counts
+        assert steps(stream) == [13]
+    assert numbers(reader(valkey, policy)) == []
+
+
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_what_is_trimmed_between_the_making_of_a_group_and_its_first_read_is_missed(
+    valkey: Valkey, store: redis.Redis, policy: str, all_of_it: bool
+) -> None:
+    ids = add(store, policy, range(6))
+    with reader(valkey, policy, start=ids[1].decode()) as stream, stream._client as client:
+        run(stream._consumer._group.open(), client)
+        store.xtrim(key(policy), minid=b"%d-0" % 2**60 if all_of_it else ids[4], approximate=False)
+        assert gap(stream).reason == "trimmed"
+        assert steps(stream) == ([] if all_of_it else [4, 5])
+
+
+def test_a_group_that_begins_behind_the_end_waits_for_what_lies_there(
+    valkey: Valkey, store: redis.Redis, policy: str
+) -> None:
+    add(store, policy, range(3))
+    with reader(valkey, policy, start=f"{2**50}-0") as stream:
+        assert next(stream, None) is None
+        add(store, policy, [3])
+        assert next(stream, None) is None
+        store.xadd(key(policy), fields(4), id=f"{2**50}-1")  # type: ignore[arg-type]
+        assert steps(stream) == [4]
 
 
 @pytest.mark.parametrize("size", [8, 100])
@@ -172,3 +220,34 @@ def test_a_hole_that_the_join_stepped_over_is_told_by_producer(valkey: Valkey, s
         assert found.resume <= added.decode()
         assert steps(stream) == [9]
     assert numbers(reader(valkey, policy)) == []
+
+
+def test_what_goes_between_the_first_look_and_the_new_group_is_not_its_loss(
+    valkey: Valkey, store: redis.Redis, policy: str
+) -> None:
+    """The service trims beside it: what others have acknowledged goes, also while a group is being made."""
+    ids = add(store, policy, range(10))
+    exchange = Group(policy, "g", "one", "0").open()
+    request: Any = next(exchange)
+    while True:
+        try:
+            reply = request.on(store)
+        except redis.ResponseError as error:
+            request = exchange.throw(error)
+            continue
+        if getattr(request, "name", "") == "xinfo_stream":
+            store.xtrim(key(policy), minid=ids[8], approximate=False)
+            add(store, policy, [10])
+        request = _next(exchange, reply)
+        if request is None:
+            break
+    with reader(valkey, policy, batch_size=4) as stream:
+        assert steps(stream) == [8, 9, 10]
+
+
+def _next(exchange: Exchange[Delivery], reply: Any) -> Any:
+    """What it asks for next; None at its end."""
+    try:
+        return exchange.send(reply)
+    except StopIteration:
+        return None

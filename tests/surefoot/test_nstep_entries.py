@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from service.decision import RewardFlags
 from service.join import JoinConfig
-from surefoot import Batch, Unreadable, transitions
+from surefoot import Batch, Unreadable, evaluate, transitions
 from surefoot.entries import Row
 from surefoot.streams import tail
 from tests.surefoot.stream_entries import MULTI, POINT, fields, key, n_step_fields, raw
@@ -88,6 +88,12 @@ def test_of_one_step_they_are_reward_and_gamma() -> None:
     assert batch.join_states.tolist() == ["joined", "joined", "quarantined"]
     assert batch.n_steps.tolist() == [1, 1, 1]
     assert batch.step_ids.shape == batch.step_joins.shape == (3, 1)
+
+
+def test_nothing_is_estimated_from_them() -> None:
+    batch = n_step_batch(n_step_fields(0, k=2), n_step_fields(3, k=2))  # [B, n_max] square: it would broadcast
+    with pytest.raises(ValueError, match="n-step"):
+        evaluate(batch, batch.behaviour)
 
 
 def test_a_missing_reward_or_log_is_nan_where_it_stands() -> None:

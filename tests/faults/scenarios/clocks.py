@@ -22,7 +22,7 @@ def _faked(folder: Path, name: str, offset: str) -> dict[str, str]:
     return {
         "LD_PRELOAD": library,
         "FAKETIME_TIMESTAMP_FILE": str(folder / name),
-        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
 
@@ -39,10 +39,10 @@ def _skewed(name: str, offsets: Sequence[str], step: str = "", in_tests: bool = 
                 replica.environment = environment
                 replica.start()
             with here.play(rate=settings.either(60, 150), rewarded=1.0) as game:
-                game.more(settings.count(100, 3000))
+                game.more(settings.count(100, 400))
                 if step:
                     (settings.folder / "clock-0").write_text(step)
-                game.more(settings.count(100, 3000))
+                game.more(settings.count(100, 400))
             report = Report(15, name, here.settle(rewarded=1.0))
             _as_promised(report, here)
         return report

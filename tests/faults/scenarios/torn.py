@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.carve import FRAME
 from service.decision import EpisodeEvent, decode_events
 from service.salvage import log_of
 from service.slots import SPOOL_FILE, Slot
@@ -128,19 +129,19 @@ def torn(settings: Settings) -> Report:
 
 def _every_byte(settings: Settings, left: Left, log: bytes, policy: str) -> list[int]:
     """Cut a copy within its last record, in a full run at every byte; give the cuts after which anything is wrong."""
-    from service.carve import FRAME
-
-    wrong = []
-    last = range(len(log) - 2 * FRAME, len(log))
-    for cut in last if settings.full else settings.chance.sample(last, 40):
+    wrong, before = [], 0
+    last = range(len(log) - 2 * FRAME, len(log) + 1)
+    for cut in last if settings.full else sorted(settings.chance.sample(last, 40)):
         scratch = settings.folder / "cut"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         shutil.copy(left.path, scratch)
         log_of(scratch / left.path.name).write_bytes(log[:cut])
         rows = _rows(scratch / left.path.name, policy, settings.folder / "copy")
-        if rows != list(left.rows[: len(rows)]) or len(rows) < len(left.rows) - 2:
+        # All that lies before the cut, and more with each byte that is left: how much exactly is the spool's own test.
+        if rows != list(left.rows[: len(rows)]) or len(rows) < before or (cut == len(log) and rows != list(left.rows)):
             wrong.append(cut)
+        before = len(rows)
     return wrong
 
 
