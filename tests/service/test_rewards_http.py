@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from service.redis_streams import base
+from surefoot import Client
 from tests.service.admins import Admin, serving
 from tests.surefoot.valkey import Valkey
 from tests.waiting import until
@@ -182,3 +183,21 @@ def test_a_batch_may_hold_all_kinds(admin: Admin) -> None:
     ]
     answer = admin.http.post("/v1/reward/batch", json={"rewards": rewards})
     assert [each["status"] for each in answer.json()["results"]] == ["joined", "early"]
+
+
+def test_the_python_client_sends_them_all(admin: Admin) -> None:
+    declared(admin, expression="has(metrics.sales) ? metrics.sales : reward", aggregation="sum", window_s=600)
+    with Client(admin.server.url) as client:
+        decision = client.act([1.0, 2.0], policy="toy", episode="by-client", step=0)
+        part = client.reward(decision.decision_id, metrics={"sales": 2.0}, reward_id="1")
+        assert (part.status, part.reward, part.episode) == ("joined", 2.0, None)
+        of_the_whole, more = client.reward_batch(
+            [
+                {"episode": "by-client", "policy": "toy", "reward": 3.0, "reward_id": "whole"},
+                {"decision_id": decision.decision_id, "reward": 0.5, "reward_id": "2"},
+            ]
+        )
+        assert (of_the_whole.decision_id, of_the_whole.episode, more.reward) == (None, "by-client", 0.5)
+        again = client.reward_episode("by-client", 3.0, policy="toy", reward_id="whole")
+        assert again.duplicate
+    assert joined(admin, decision.decision_id)["reward"]["reward"] == 5.5
