@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 import pytest
 
@@ -91,3 +91,22 @@ def blocked(store: Store) -> None:
             return int(client.info("clients")["blocked_clients"]) > 0
 
     until(waits, "a trainer that waits")
+
+
+@pytest.mark.xfail(reason="a refusal within a transaction is final; else it waits without an end", strict=True)
+def test_the_longest_wait_holds_where_only_writes_are_refused(store: Store) -> None:
+    with store.client() as client:
+        add(client, POLICY, range(3))
+    with transitions(
+        POLICY, "group", "one", redis_url=store.url, batch_size=1, max_wait_s=0.5, auto_ack=False
+    ) as stream:
+        next(stream).ack()
+        without_replicas(store)
+        healing = Timer(10.0, store.configure, ("min-replicas-to-write", 0))  # so that waiting on has an end
+        healing.start()
+        try:
+            with pytest.raises(Unreachable):
+                read_on(stream)
+        finally:
+            healing.cancel()
+            healing.join()

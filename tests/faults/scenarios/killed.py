@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from tests.faults.report import Report, Row, Settings
 from tests.faults.world import BUDGET, World, world
 
@@ -11,11 +13,12 @@ def killed_workers(settings: Settings) -> Report:
     kills, players = settings.count(3, 20), settings.count(6, 16)
     with world(settings, replicas=2) as here:
         with here.play(rate=settings.either(60, 200), players=players) as game:
-            chance = settings.chance
+            chance, begun_s = settings.chance, time.monotonic()
             for _ in range(kills):
                 game.more(chance.randrange(30, 120) if not settings.full else chance.randrange(60, 400))
                 _kill_one(here, chance.randrange(2))
             game.more(30)
+            rate = (len(here.journal.acts) + len(here.journal.rewards)) / (time.monotonic() - begun_s)
         verdict = here.settle()
         report = Report(1, f"{kills} × SIGKILL of a worker", verdict)
         broken = [each for each in here.journal.failed() if each.status == 0]
@@ -27,7 +30,9 @@ def killed_workers(settings: Settings) -> Report:
         most = max(verdict.explored_by_window.values(), default=0)
         report.expect(0 < most <= BUDGET, f"{most} explored in a window of {BUDGET}")
         report.expect(not here.counted_lost(), f"{here.counted_lost()} events counted lost")
-        report.notes.append(f"{len(broken)} calls broke off; at most {most} of {BUDGET} explored in a window")
+        report.notes.append(
+            f"{rate:.0f} requests a second; {len(broken)} calls broke off; {most} of {BUDGET} explored in a window"
+        )
     return report
 
 

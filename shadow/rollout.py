@@ -1,0 +1,226 @@
+"""A version's way from shadow to canary to champion, or straight back: a table, and what to do next. Pure.
+
+Duty: the stages, which moves lead where, and the next move of a rollout given its plan, where it stands, and what its
+guards say. It knows no Redis, no clock and no statistics beyond their verdict: the controller brings all three, applies
+the move by compare-and-set, and may be two controllers at once.
+Strategy: TABLE holds every move; an unknown pair raises. `propose` is a function of values, so that two controllers who
+see the same propose the same, and the one who sees less proposes `HOLD`.
+Promise: missing evidence holds; a rollback latches until a person releases the version; what `mode: manual` would have
+done waits as a proposal.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shadow.verdicts import Action, Verdict
+
+Share = Annotated[float, Meta(gt=0, lt=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+Mode = Literal["auto", "manual"]
+
+
+class Stage(StrEnum):
+    REGISTERED = "registered"
+    SHADOW = "shadow"
+    CANARY = "canary"
+    CHAMPION = "champion"
+    RETIRED = "retired"
+    QUARANTINED = "quarantined"
+
+
+class Move(StrEnum):
+    WATCH = "watch"  # score the same states, decide nothing
+    TRY = "try"  # the first step of the canary
+    ADVANCE = "advance"  # the next step
+    PROMOTE = "promote"
+    REPLACE = "replace"  # another became champion
+    ROLL_BACK = "roll_back"  # worse, by a guard
+    QUARANTINE = "quarantine"  # by a person, or a breaker
+    WITHDRAW = "withdraw"  # by a person, without blame
+    RELEASE = "release"  # a person says that it is mended
+
+
+TABLE: dict[tuple[Stage, Move], Stage] = {
+    (Stage.REGISTERED, Move.WATCH): Stage.SHADOW,
+    (Stage.REGISTERED, Move.TRY): Stage.CANARY,  # a plan may do without a shadow
+    (Stage.REGISTERED, Move.QUARANTINE): Stage.QUARANTINED,
+    (Stage.SHADOW, Move.TRY): Stage.CANARY,
+    (Stage.SHADOW, Move.WITHDRAW): Stage.REGISTERED,
+    (Stage.SHADOW, Move.QUARANTINE): Stage.QUARANTINED,
+    (Stage.CANARY, Move.ADVANCE): Stage.CANARY,
+    (Stage.CANARY, Move.PROMOTE): Stage.CHAMPION,
+    (Stage.CANARY, Move.ROLL_BACK): Stage.QUARANTINED,
+    (Stage.CANARY, Move.WITHDRAW): Stage.REGISTERED,
+    (Stage.CANARY, Move.QUARANTINE): Stage.QUARANTINED,
+    (Stage.CHAMPION, Move.REPLACE): Stage.RETIRED,
+    (Stage.CHAMPION, Move.QUARANTINE): Stage.QUARANTINED,
+    (Stage.RETIRED, Move.WATCH): Stage.SHADOW,
+    (Stage.RETIRED, Move.TRY): Stage.CANARY,
+    (Stage.RETIRED, Move.QUARANTINE): Stage.QUARANTINED,
+    (Stage.QUARANTINED, Move.RELEASE): Stage.REGISTERED,
+}
+
+
+def step(stage: Stage, move: Move) -> Stage:
+    """Return the stage after a move. Raises ValueError for a pair that cannot be."""
+    try:
+        return TABLE[stage, move]
+    except KeyError:
+        raise ValueError(f"a {stage.value} version cannot {move.value.replace('_', ' ')}") from None
+
+
+def diagram() -> str:
+    """Draw TABLE for mermaid."""
+    lines = ["stateDiagram-v2", f"    [*] --> {Stage.REGISTERED.name}: pushed"]
+    lines += [f"    {one.name} --> {two.name}: {move.value.replace('_', ' ')}" for (one, move), two in TABLE.items()]
+    return "\n".join(lines)
+
+
+class GuardPlan(Struct, forbid_unknown_fields=True, frozen=True):
+    """One guard: how much worse a version may be, and what happens when it is worse than that."""
+
+    margin: Annotated[float, Meta(ge=0)]
+    action: Action = "rollback"
+    must_prove: bool = False
+
+
+class RolloutPlan(Struct, forbid_unknown_fields=True, frozen=True):
+    """How versions of a policy are rolled out. Defaults: the design's steps and α; an hour for each step."""
+
+    objective: Literal["episode", "step"] = "step"
+    return_range: tuple[float, float] = (0.0, 1.0)  # of a unit's value
+    steps: Annotated[tuple[Share, ...], Meta(min_length=1, max_length=32)] = (0.01, 0.05, 0.1, 0.25, 0.5)
+    shadow: bool = True  # watch first, and pass the gate
+    mode: Mode = "auto"
+    hold_s: Seconds = 3_600.0  # a step lasts this long at least: less would not see a day's hours
+    min_units: Annotated[int, Meta(ge=1)] = 30  # of the challenger, in each step
+    max_duration_s: Seconds = 7 * 86_400.0  # of a step: then it waits for a person
+    unit_time_s: Annotated[float, Meta(gt=0)] = 600.0
+    unit_decisions: Annotated[int, Meta(ge=1)] = 100
+    alpha: Share = 0.01
+    guards: dict[str, GuardPlan] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        low, high = self.return_range
+        if not low < high:
+            raise ValueError("rollout.return_range: low must be below high")
+        if any(one >= two for one, two in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError("rollout.steps must rise")
+        if self.max_duration_s < self.hold_s:
+            raise ValueError("rollout.max_duration_s is below rollout.hold_s")
+
+
+class Standing(Struct, frozen=True):
+    """Where a version's rollout stands; part of the policy's control document."""
+
+    id: str  # salts routing, so that each rollout meets other keys
+    version: str
+    stage: Stage
+    step: int = 0  # of the plan's steps, in the canary
+    since_ms: int = 0  # of the stage or step
+    paused: str = ""  # why nothing moves by itself; empty: it does
+    proposal: Move | None = None  # what waits for a person
+    reason: str = ""  # of the last move
+
+    @property
+    def latched(self) -> bool:
+        """Whether only a person moves it forward."""
+        return self.stage is Stage.QUARANTINED or bool(self.paused)
+
+
+class Evidence(NamedTuple):
+    """What is known of the step under way. None of a verdict: not enough to say anything."""
+
+    verdict: Verdict | None
+    units: int  # of the challenger, ripe
+    mismatched: bool = False  # the sample ratio is not what routing meant: nothing else can be believed
+    gate: Literal["passes", "fails", "no_evidence"] = "no_evidence"  # of the shadow
+    reason: str = ""  # which guard, with its numbers
+
+
+class Proposal(NamedTuple):
+    """The next move, or none and why. `pause`: stop here and ask a person."""
+
+    move: Move | None
+    reason: str
+    pause: bool = False
+
+
+def propose(plan: RolloutPlan, standing: Standing, evidence: Evidence, now_ms: int) -> Proposal:
+    """Say what should happen next.
+
+    A rollback comes before everything, also before hold times, modes and pauses: it is never proposed, it is done.
+    """
+    if standing.stage is Stage.CANARY and evidence.verdict is Verdict.ROLLBACK:
+        return Proposal(Move.ROLL_BACK, evidence.reason or "a guard found it worse")
+    if standing.latched or standing.stage not in (Stage.SHADOW, Stage.CANARY):
+        return Proposal(None, standing.paused or f"{standing.stage.value}: nothing moves by itself")
+    if evidence.mismatched:
+        return Proposal(None, "units are not assigned as routing means to: the sample ratio is off", pause=True)
+    if evidence.verdict is Verdict.PAUSE:
+        return Proposal(None, evidence.reason or "a guard found it worse, and asks for a person", pause=True)
+    waited_s = (now_ms - standing.since_ms) / 1000
+    if standing.stage is Stage.SHADOW:
+        return _out_of_shadow(plan, evidence, waited_s)
+    return _along(plan, standing, evidence, waited_s)
+
+
+def _out_of_shadow(plan: RolloutPlan, evidence: Evidence, waited_s: float) -> Proposal:
+    if evidence.gate == "fails":
+        return Proposal(None, evidence.reason or "the gate before the canary fails", pause=True)
+    if waited_s < plan.hold_s:
+        return Proposal(None, f"watched for {waited_s:.0f} of {plan.hold_s:.0f} s")
+    if evidence.gate == "passes":
+        return Proposal(Move.TRY, evidence.reason or "the gate before the canary passes")
+    if waited_s >= plan.max_duration_s:
+        return Proposal(None, "no evidence by max_duration_s", pause=True)
+    return Proposal(None, evidence.reason or "no evidence yet")
+
+
+def _along(plan: RolloutPlan, standing: Standing, evidence: Evidence, waited_s: float) -> Proposal:
+    ready = waited_s >= plan.hold_s and evidence.units >= plan.min_units
+    if ready and evidence.verdict is Verdict.ADVANCE:
+        last = standing.step + 1 >= len(plan.steps)
+        return Proposal(Move.PROMOTE if last else Move.ADVANCE, evidence.reason)
+    if waited_s >= plan.max_duration_s:
+        return Proposal(None, "neither better nor worse by max_duration_s", pause=True)
+    if evidence.units < plan.min_units:
+        return Proposal(None, f"{evidence.units} of {plan.min_units} units")
+    if waited_s < plan.hold_s:
+        return Proposal(None, f"held for {waited_s:.0f} of {plan.hold_s:.0f} s")
+    return Proposal(None, evidence.reason or "the guards have not decided")
+
+
+def moved(standing: Standing, proposal: Proposal, plan: RolloutPlan, now_ms: int) -> Standing:
+    """Apply a proposal by the service itself: done, or in `mode: manual` kept for a person, a rollback excepted."""
+    if proposal.pause:
+        return msgspec.structs.replace(standing, paused=proposal.reason, reason=proposal.reason)
+    if proposal.move is None:
+        return standing
+    if plan.mode == "manual" and proposal.move is not Move.ROLL_BACK:
+        return msgspec.structs.replace(standing, proposal=proposal.move, reason=proposal.reason)
+    return applied(standing, proposal.move, proposal.reason, now_ms)
+
+
+def applied(standing: Standing, move: Move, reason: str, now_ms: int) -> Standing:
+    """Make a move. Raises ValueError where the table has none."""
+    stage = step(standing.stage, move)
+    return msgspec.structs.replace(
+        standing,
+        stage=stage,
+        step=standing.step + 1 if move is Move.ADVANCE else 0,
+        since_ms=now_ms,
+        paused="",
+        proposal=None,
+        reason=reason,
+    )
+
+
+def weight(plan: RolloutPlan, standing: Standing) -> float:
+    """The share of units that the version decides."""
+    return plan.steps[standing.step] if standing.stage is Stage.CANARY else 0.0
