@@ -79,7 +79,7 @@ class Settings(BaseSettings):
 
     # 1 MiB holds an 84×84×4 observation written as JSON with room to spare for its batch endpoint in chunks.
     max_body_bytes: Bytes = Field(1 << 20, description="Larger request bodies get 413.")
-    body_timeout_s: Seconds = Field(5.0, description="A body that takes longer gets 408.")
+    body_timeout_s: Seconds = Field(5.0, description="Headers, and then a body, that take longer get 408.")
     max_batch: int = Field(1024, ge=1, le=65536, description="Most rows in one inference call or batch request.")
 
     # 100,000 episodes of an LSTM with 128 cells, before and after their last step.

@@ -21,6 +21,7 @@ from policies.errors import SurefootError
 from service.app import App
 from service.logs import configure_logs
 from service.settings import Settings, load_settings
+from service.slow_heads import watching
 
 # Longer than what load balancers keep idle connections open (60 s is common), so that they close first.
 KEEP_ALIVE_S = 75
@@ -81,7 +82,7 @@ def _serve(settings: Settings, listener: socket.socket, parent: int, redis_url: 
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=watching(settings.body_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -94,6 +94,7 @@ class Consumer(Generic[ItemT, ParcelT]):
         self._open = False
         self._own_after: bytes | None = b"0-0"  # None: nothing of ours is left to be delivered again
         self._claim_cursor, self._claim_at_s = b"0-0", clock()
+        self._trying: Backoff | None = None  # since when nothing was read, though Redis may have answered
         self._renew_at_s = clock() + terms.claim_idle_s / 3
         self._items: list[ItemT] = []
         self._copies: list[bytes] = []  # acknowledged with the batch being filled, never before what they are copies of
@@ -197,12 +198,14 @@ class Consumer(Generic[ItemT, ParcelT]):
             self._own_after = found.entries[-1][0] if found.entries else None
             if self._own_after is None:
                 self._progress.held = Ids()  # what it held and was not delivered again is acknowledged
+            else:
+                self._trying = None
             return found
         if self._in_flight and self._clock() >= self._renew_at_s:
             yield from self._renew()
-        if self._clock() >= self._claim_at_s:
-            return (yield from self._claim(room))
-        return (yield from self._group.new(room))
+        found = yield from (self._claim(room) if self._clock() >= self._claim_at_s else self._group.new(room))
+        self._trying = None
+        return found
 
     def _renew(self) -> Exchange[None]:
         """Keep what is in flight from being taken over while this consumer is alive."""
@@ -277,17 +280,21 @@ class Consumer(Generic[ItemT, ParcelT]):
             self._items, self._copies = [], []
 
     def _persist(self, exchange: Callable[[], Exchange[T]]) -> Exchange[T]:
-        """Go on until Redis answers, for `max_wait_s` at most. Everything sent here may be sent twice."""
+        """Go on until Redis answers, for `max_wait_s` at most. Everything sent here may be sent twice.
+
+        A Redis that lets itself be looked at and refuses what is written is away all the same: the time runs on.
+        """
         max_wait_s = self._terms.max_wait_s
-        backoff = Backoff(None if max_wait_s is None else self._clock() + max_wait_s)
+        backoff = self._trying or Backoff(None if max_wait_s is None else self._clock() + max_wait_s)
         while True:
             try:
                 return (yield from exchange())
             except redis.RedisError as error:
                 delay_s = backoff.delay_s(self._clock()) if is_away(error) else None
                 if delay_s is None:
+                    self._trying = None
                     raise translated(error) from error
-                self._open = False
+                self._open, self._trying = False, backoff
                 self._counts["reconnects"] += 1
             yield Pause(delay_s)
 

@@ -33,6 +33,7 @@ _AWAY = (
 )
 # How answers begin that redis-py has no class for, and that pass: too few replicas, a snapshot that fails, a primary
 # that is gone, a script that runs long, a server that became a replica while a command waited.
+_WITHIN = " of pipeline caused error: "  # what redis-py puts before the words of a command in a transaction
 _PASSING = frozenset({"NOREPLICAS", "MISCONF", "MASTERDOWN", "BUSY", "UNBLOCKED", "OOM"})
 
 
@@ -124,7 +125,8 @@ def is_away(error: redis.RedisError) -> bool:
     """Whether waiting may help: Redis restarts, loads its files, or a failover is under way."""
     if isinstance(error, redis.AuthenticationError | redis.exceptions.AuthorizationError):
         return False
-    return isinstance(error, _AWAY) or str(error).split(" ", 1)[0] in _PASSING
+    said = str(error).rpartition(_WITHIN)[2]
+    return isinstance(error, _AWAY) or said.split(" ", 1)[0] in _PASSING
 
 
 def translated(error: redis.RedisError) -> SurefootError:

@@ -93,7 +93,6 @@ def blocked(store: Store) -> None:
     until(waits, "a trainer that waits")
 
 
-@pytest.mark.xfail(reason="a refusal within a transaction is final; else it waits without an end", strict=True)
 def test_the_longest_wait_holds_where_only_writes_are_refused(store: Store) -> None:
     with store.client() as client:
         add(client, POLICY, range(3))

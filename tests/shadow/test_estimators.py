@@ -259,6 +259,13 @@ def test_a_model_never_learns_from_what_comes_later_nor_from_its_own_fold() -> N
     assert tallies[0] == tallies[1]
 
 
+def test_a_model_that_has_seen_too_little_only_learns() -> None:
+    rows = bandit().log(np.random.default_rng(19), 300, NEW).rows()
+    tally = Tally.fresh(terms(model=MODEL)).add(rows.part(0, 49))
+    assert (tally.estimates().by("dr").units, tally.estimates().by("dr").lower) == (0, 0.0)
+    assert 0 < tally.add(rows.part(49, 300)).estimates().by("dr").units < 251
+
+
 def test_the_state_does_not_grow() -> None:
     world, rng = bandit(**KEYS), np.random.default_rng(16)
     tally = Tally.fresh(terms(most_rows=6, model=MODEL))
