@@ -1,1 +1,1 @@
-"""Shadow: learning about versions that do not decide. Empty until rollouts are built; `service` may import it."""
+"""Shadow: learning about versions that do not decide yet. Only `service` imports it."""
