@@ -163,10 +163,11 @@ def _values(values: Floats | None, logged: ChoiceRows, own: Floats) -> tuple[Flo
     sizes, unknown = logged.factors or logged.nvec, np.full(len(own), np.nan)
     if values is None:
         return unknown, unknown, unknown
-    value, expected = _sum_at(values, logged.actions, sizes), np.where(own > 0.0, own * values, 0.0).sum(axis=1)
-    if logged.values is None:
-        return value, expected, unknown
-    return value, expected, value - _sum_at(logged.values.astype(np.float64), logged.actions, sizes)
+    with np.errstate(invalid="ignore", over="ignore"):  # values may be anything that a network gives
+        value, expected = _sum_at(values, logged.actions, sizes), np.where(own > 0.0, own * values, 0.0).sum(axis=1)
+        if logged.values is None:
+            return value, expected, unknown
+        return value, expected, value - _sum_at(logged.values.astype(np.float64), logged.actions, sizes)
 
 
 def _sum_at(values: Floats, actions: Ints, sizes: tuple[int, ...]) -> Floats:

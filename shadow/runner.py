@@ -47,10 +47,23 @@ class Statistics:
     totals: Totals  # live: read it, do not keep it
     waiting_rows: int
     waiting_bytes: int
+    in_hand: int  # rows that are being scored
     share: float  # of what comes, kept at the moment
     lag_s: float  # age of the oldest row that has not been scored
     busy_s: float  # since the batch in hand was begun; far beyond the limit of a call: it is stuck
     why: str | None = None  # it has failed
+
+
+@dataclass(frozen=True, slots=True)
+class _InHand:
+    """Rows that are being scored, and since when."""
+
+    rows: int
+    offered_s: float
+    taken_s: float
+
+
+NOTHING = _InHand(0, 0.0, 0.0)
 
 
 class Runner:
@@ -82,7 +95,7 @@ class Runner:
         self._status: Status = "watching"
         self._why: str | None = None
         self._rearmed = False
-        self._in_hand_s: tuple[float, float] | None = None  # when the rows in hand were offered, and taken
+        self._in_hand = NOTHING
         self._thread: threading.Thread | None = None
 
     def start(self, name: str) -> None:
@@ -107,17 +120,17 @@ class Runner:
             self._scorer.rearm()
         with self._lock:
             taken = self._waiting.take(BATCH_ROWS)
-        if not taken:
-            return 0
-        count = sum(map(len, taken))
-        self._in_hand_s = float(taken[0].offered_s[0]), self._monotonic_s()
+            if not taken:
+                return 0
+            count = sum(map(len, taken))
+            self._in_hand = _InHand(count, float(taken[0].offered_s[0]), self._monotonic_s())
         try:
             for rows in joined(taken):
                 self._guarded(rows)
         except Exception:  # a bug of ours: it must not end the thread
             log.exception("shadow_failed")
             self._drop("internal", count)
-        self._in_hand_s = None
+        self._in_hand = NOTHING
         return count
 
     def rearm(self) -> None:
@@ -144,11 +157,13 @@ class Runner:
         now_s = self._monotonic_s()
         with self._lock:
             waiting = self._waiting
-            in_hand, oldest_s = self._in_hand_s, waiting.oldest_s
+            in_hand, oldest_s = self._in_hand, waiting.oldest_s
             rows, size, share = waiting.rows, waiting.bytes, waiting.share
-        since_s = min((each for each in (oldest_s, in_hand and in_hand[0]) if each is not None), default=now_s)
-        busy_s = 0.0 if in_hand is None else now_s - in_hand[1]
-        return Statistics(self._status, self.totals, rows, size, share, now_s - since_s, busy_s, self._why)
+        since_s = in_hand.offered_s if in_hand.rows else now_s if oldest_s is None else oldest_s
+        busy_s = now_s - in_hand.taken_s if in_hand.rows else 0.0
+        return Statistics(
+            self._status, self.totals, rows, size, in_hand.rows, share, now_s - since_s, busy_s, self._why
+        )
 
     def view(self) -> dict[str, Any]:
         """The same for people."""
@@ -157,6 +172,7 @@ class Runner:
             "status": now.status,
             "reason": now.why,
             "waiting": now.waiting_rows,
+            "in_hand": now.in_hand,
             "share": now.share,
             "lag_s": round(now.lag_s, 3),
             "busy_s": round(now.busy_s, 3),
