@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- files: begin -->\n", "<!-- files: end -->\n"
-PACKAGES = ("policies", "safety", "service")
+PACKAGES = ("policies", "safety", "shadow", "service")
 
 
 def duty(path: Path) -> str:

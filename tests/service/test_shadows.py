@@ -101,7 +101,7 @@ def test_it_looked_on_meanwhile() -> None:
         assert stream.statistics()["entries"] == 3
         asyncio.run(shadows.aclose())
     assert {name: view["scored"] for name, view in seen.items()} == dict.fromkeys(SHADOWS, 3)
-    assert [round(seen[name]["fault_rate"] * 3) for name in ("honest", "crash", "NaN", "sleep")] == [0, 3, 1, 3]
+    assert [round(seen[name]["fault_rate"] * 3) for name in ("honest", "crash", "NaN", "sleep")] == [0, 2, 2, 3]
     assert seen["sleep"]["faults"] == 1, "ended once, not asked again"
 
 
