@@ -12,18 +12,24 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from policies.errors import LedgerFull
 from safety.document import read_rules
 from service.coalesce import Coalescer
 from service.ledger import Appended, Ledger
+from service.metrics import SECONDS
 from service.plan import LoadedVersion, Outcome, Row, Safeguards, Settled
+from service.redis_streams import RedisStreams, connect
 from service.ruling import Ruling
+from service.shadow_metrics import ShadowMetrics
+from service.shadow_stream import ShadowStream
 from tests.policies.growing import ENDLESS
 from tests.service.pipelines import IDENTITY, decider, plan, rows, version
 from tests.service.test_act_spaces import factors, points
 from tests.service.watching import (
     METRICS,
+    NOWHERE,
     TURNS,
     crashing,
     decided,
@@ -182,6 +188,37 @@ def test_rules_are_told_apart_from_what_callers_allow() -> None:
     assert logged.ruled.tolist() == [[True, False], [True, True]]
     free: Any = rows_of(plan({"v1": live}), [Row(state=[5.0, 9.0], allowed=(0,))]).logged
     assert free.ruled is None
+
+
+def test_boxes_of_rules_are_told_apart_from_what_callers_allow() -> None:
+    live = points("gaussian")
+    bounds = ruled(
+        live,
+        [
+            "{kind: bounds, name: one, low: [-0.5, null], high: [0.5, null]}",
+            "{kind: bounds, name: two, low: [-0.7, 0.0], high: [0.2, 1.0]}",
+        ],
+    )
+    allowed = ((0.0, -1.0), (0.1, 2.0))
+    logged: Any = rows_of(plan({"v1": live}), [Row(state=[9.0, 9.0], allowed=allowed)], bounds).logged
+    assert (logged.ruled_low.tolist(), logged.ruled_high.tolist()) == ([[-0.5, 0.0]], [[0.2, 1.0]])
+    assert (logged.low.tolist(), logged.high.tolist()) == ([[0.0, 0.0]], [[0.1, 1.0]])
+
+
+def test_scores_that_nobody_writes_are_bounded_and_counted() -> None:
+    metrics = ShadowMetrics(registry := CollectorRegistry(), SECONDS)
+    stream = ShadowStream(RedisStreams(connect(NOWHERE)), metrics, 100, most_bytes=2_000)
+    for i in range(30):
+        stream.put("toy", "s", [(f"d{i}", b"x" * 50)])
+    now = stream.statistics()
+    assert now["bytes"] <= 2_000
+    asyncio.run(stream.run_once())  # Redis is away: what waits goes on waiting, as one batch
+    assert stream.statistics() == now
+    stream.put("toy", "t", [("e", b"x")])
+    labels = {"policy": "toy", "version": "s", "reason": "stream"}
+    dropped = registry.get_sample_value("surefoot_shadow_drops_total", labels)
+    assert dropped is not None
+    assert dropped + stream.statistics()["entries"] == 31
 
 
 def test_a_stuck_shadow_holds_a_bounded_number_of_rows_and_nobody_waits_for_it() -> None:

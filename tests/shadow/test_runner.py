@@ -163,6 +163,12 @@ def test_a_fault_of_the_comparison_or_of_the_sink_is_counted_and_survived() -> N
     assert keeper.runner.totals.dropped["internal"] == 1
     wrong = many(2, states=np.zeros((2, 7), np.float32))  # the network refuses them
     assert [score.fault for score in Scorekeeper(honest()).shown(wrong)] == ["inference_failed"] * 2
+    broken = Scorekeeper(honest())
+    broken.runner.offer_nowait(many(1))
+    broken.runner.offer_nowait(many(1, states=np.zeros((1, 7), np.float32)))  # of another shape: they do not join
+    assert broken.runner.run_once() == 2
+    assert broken.runner.totals.dropped["internal"] == 2
+    assert broken.runner.statistics().in_hand == 0
     other = Scorekeeper(points("gaussian"))
     other.runner.offer_nowait(many(2))  # decisions over choices, to a shadow in a box
     assert other.runner.run_once() == 2

@@ -71,6 +71,12 @@ def test_rows_that_no_share_makes_fit_are_dropped_all() -> None:
     assert LEAST_SHARE > 0.0
 
 
+def test_an_empty_batch_is_none() -> None:
+    waiting = Waiting()
+    assert waiting.put(many(0)) == 0
+    assert waiting.take(1) == []
+
+
 def test_an_episode_is_kept_or_dropped_as_a_whole() -> None:
     waiting = Waiting(most_rows=200)
     for step in range(20):
