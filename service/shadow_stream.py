@@ -4,7 +4,8 @@
 
 Duty: bring scores to where estimators join them with transitions by decision id. It knows nothing of what they say.
 Strategy: best effort. What waits is bounded, the oldest goes first, and what goes so is counted; that depends on when
-Redis was away, not on what was scored. A call that fails is made again, so an entry may stand twice.
+Redis was away, not on what was scored. A call without an answer is made again, so an entry may stand twice; what Redis
+refuses is counted as lost.
 Promise: decisions and shadows never wait for this file. A stream is bounded, and goes when its shadow is long gone.
 """
 
@@ -19,7 +20,8 @@ from typing import Final
 
 import structlog
 
-from policies.errors import SurefootError
+from policies.errors import StoreAway
+from service.redis_pool import OTHER
 from service.redis_streams import RedisStreams, base
 from service.shadow_metrics import ShadowMetrics
 
@@ -84,10 +86,14 @@ class ShadowStream:
             arguments = [part for entry in batch.entries for part in entry]
             try:
                 await self._streams.script(WRITE, base(batch.policy), batch.version, self._keep, KEPT_MS, *arguments)
-            except SurefootError as error:
-                self._queue(batch, front=True)
-                log.debug("shadow_scores_wait", policy=batch.policy, version=batch.version, reason=error.detail)
-                return
+            except StoreAway as error:
+                if error.reason != OTHER:
+                    self._queue(batch, front=True)
+                    log.debug("shadow_scores_wait", policy=batch.policy, version=batch.version, reason=error.detail)
+                    return
+                self._lost(batch, error)
+            except Exception as error:  # redis-py raises odd things; nothing of a shadow's may end a loop
+                self._lost(batch, error)
 
     async def aclose(self) -> None:
         """Write what is left, within `CLOSE_S`."""
@@ -128,3 +134,8 @@ class ShadowStream:
                 self._bytes -= dropped[-1].bytes
         for each in dropped:
             self._metrics.unwritten(each.policy, each.version, len(each.entries))
+
+    def _lost(self, batch: _Batch, error: Exception) -> None:
+        """Give up a batch that Redis does not take for a reason that will not pass."""
+        log.error("shadow_scores_lost", policy=batch.policy, version=batch.version, error=repr(error))
+        self._metrics.unwritten(batch.policy, batch.version, len(batch.entries))

@@ -19,7 +19,7 @@ from shadow.scores import Score, decode_score
 from surefoot.streams import tail
 from tests.policies.growing import loop
 from tests.policies.networks import bundle_files, linear, logarithm
-from tests.service.admins import AUTHORIZED, STATE, Admin, serving
+from tests.service.admins import AUTHORIZED, STATE, Admin, files_of, serving
 from tests.service.pipelines import STATES
 from tests.service.test_recurrent_http import push_counter
 from tests.service.valkeys import SMALL
@@ -251,6 +251,35 @@ def test_a_shadow_that_no_replica_can_load_holds_nothing_up(tmp_path: Path, redi
                 headers={"If-Match": one.http.get(f"/admin/policies/{policy}/deployment").headers["etag"]},
             )
             until(lambda: two.act(policy)["version"] == "v3", "the promotion")
+
+
+def test_the_directory_of_the_start_may_name_shadows(tmp_path: Path) -> None:
+    for label in ("v1", "v2"):
+        folder = tmp_path / "policies" / "toy" / label
+        folder.mkdir(parents=True)
+        for name, content in files_of("toy", label, int(label == "v2")).items():
+            (folder / name).write_bytes(content)
+    (tmp_path / "policies" / "toy" / "deployment.yaml").write_text(
+        "{schema: 1, policy: toy, champion: v1, shadows: [v2]}"
+    )
+    with serving(tmp_path / "one", policies=str(tmp_path / "policies")) as one:
+        assert one.act("toy")["version"] == "v1"
+        until(lambda: "v2" in here(one, "toy"), "the shadow, loaded behind the start")
+        one.act("toy")
+        until(lambda: here(one, "toy")["v2"]["scored"] >= 1, "its score")
+
+
+def test_scores_that_redis_refuses_are_lost_and_counted(tmp_path: Path) -> None:
+    with serving(tmp_path) as one:
+        one.pushed("toy", "v1")
+        one.pushed("toy", "v2", prefers=1)
+        with redis.Redis.from_url(one.server.redis_url, protocol=2) as client:
+            client.set(f"{base('toy')}:shadow:v2", "no stream")
+        watch(one, "toy", "v2")
+        one.act("toy")
+        lost = 'surefoot_shadow_drops_total{policy="toy",reason="stream",version="v2"} 1.0'
+        until(lambda: lost in one.http.get("/metrics").text, "the count")
+        assert one.http.get("/health/ready").status_code == 200
 
 
 def test_scores_wait_for_a_redis_that_is_away(tmp_path: Path) -> None:
