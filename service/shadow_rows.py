@@ -1,6 +1,6 @@
 """Settled decisions as shadows are shown them. Pure.
 
-Duty: from the arrays of a group that was answered to `shadow.rows.Rows`, which keep no plan and no version alive. Rows
+Duty: from the arrays of a group that was answered to `shadow.shown.Rows`, which keep no plan and no version alive. Rows
 that were refused are left out: nothing was executed, and nothing is recorded of them.
 """
 
@@ -16,7 +16,7 @@ from policies.types import Bools, Floats, Ints
 from safety.mask import request_mask
 from safety.types import REQUEST_RULE, BoxConstraint, Constraint
 from service.plan import Settled
-from shadow.rows import ChoiceRows, PointRows, Rows
+from shadow.shown import ChoiceRows, PointRows, Rows
 
 if TYPE_CHECKING:
     from policies.continuous import DrawnPoints, Gaussian, PointBehaviour

@@ -24,7 +24,7 @@ from policies.draw import draw, propose
 from policies.explore import Behaviour, behave
 from policies.types import Bools, Floats, Ints, PropensityKind, Target, columns
 from safety.joint import lift_target, marginals, to_indices, to_tuples
-from shadow.rows import ChoiceRows
+from shadow.shown import ChoiceRows
 
 MASS: Final[PropensityKind] = "mass"
 

@@ -18,7 +18,7 @@ import numpy as np
 from policies.continuous import Gaussian, PointBehaviour, Transform, atoms, behave, draw, log_propensity_at, propose
 from policies.types import Bools, Floats
 from shadow.compare import Compared
-from shadow.rows import PointRows
+from shadow.shown import PointRows
 
 # Of the side: what an actuator does not notice.
 SAME = 0.01

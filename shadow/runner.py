@@ -21,7 +21,7 @@ from typing import Any, Literal
 import structlog
 
 from policies.engine import Engine
-from shadow.rows import Rows, joined
+from shadow.shown import Rows, joined
 from shadow.scores import encode_score, scores
 from shadow.scoring import Scorer, Uniforms
 from shadow.totals import Drop, Totals

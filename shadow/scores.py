@@ -13,7 +13,7 @@ import numpy as np
 
 from policies.types import ActionSpec, PropensityKind, WireAction
 from shadow.compare import Compared
-from shadow.rows import ChoiceRows, Rows
+from shadow.shown import ChoiceRows, Rows
 
 SCHEMA_VERSION = 1
 # Wider distributions are left out: 65,536 choices would take half a megabyte for each decision.

@@ -23,11 +23,11 @@ from policies.types import Bools, Box, Floats
 from safety.breaker import Breaker, Faults
 from shadow.compare import Compared, compare_choices, finite, uniforms_of
 from shadow.memory import Episodes, waves
-from shadow.rows import ChoiceRows, Rows
+from shadow.shown import ChoiceRows, Rows
 from shadow.totals import Totals
 
 if TYPE_CHECKING:
-    from shadow.rows import PointRows
+    from shadow.shown import PointRows
 
 # (decision ids, how many) -> float64 [B, how many]: the uniforms that the decisions were drawn with.
 Uniforms = Callable[[Sequence[str], int], Floats]

@@ -21,7 +21,7 @@ from hashlib import blake2b
 import numpy as np
 
 from policies.types import Floats
-from shadow.rows import Rows
+from shadow.shown import Rows
 
 # A second of what one thread scores at full speed is some ten times as much: more only makes lag.
 MOST_ROWS = 1_024

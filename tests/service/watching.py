@@ -21,7 +21,7 @@ from service.shadow_rows import shown
 from service.shadow_stream import ShadowStream
 from service.shadows import Shadows
 from service.wire import encode
-from shadow.rows import Rows
+from shadow.shown import Rows
 from shadow.runner import Runner
 from shadow.scores import Score, decode_score
 from shadow.waiting import Waiting
@@ -137,7 +137,7 @@ def rows_of(in_force: Plan, batch: Sequence[Row], safeguards: Safeguards | None 
 
 def many(count: int, prefix: str = "d", **columns: Any) -> Rows:
     """Decisions that were made elsewhere, many at once: for queues."""
-    from shadow.rows import ChoiceRows
+    from shadow.shown import ChoiceRows
 
     zeros, one_hot = np.zeros((count, 1), dtype=np.int64), np.tile([1.0, 0.0], (count, 1))
     mask = np.ones((count, 2), dtype=np.bool_)

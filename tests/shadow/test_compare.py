@@ -18,7 +18,7 @@ from policies.heads import target
 from policies.types import HeadKind
 from shadow.compare import Compared, compare_choices, finite, uniforms_of
 from shadow.compare_points import compare_points
-from shadow.rows import ChoiceRows, PointRows
+from shadow.shown import ChoiceRows, PointRows
 
 HEADS: tuple[HeadKind, ...] = ("q_values", "logits", "probabilities")
 

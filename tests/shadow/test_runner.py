@@ -12,7 +12,7 @@ import pytest
 from policies.errors import BundleError
 from service.plan import Row
 from shadow.memory import OVERHEAD_BYTES, Episodes, waves
-from shadow.rows import Rows, joined
+from shadow.shown import Rows, joined
 from shadow.runner import Runner
 from shadow.scores import MOST_NUMBERS, decode_score, encode_score
 from shadow.waiting import Waiting

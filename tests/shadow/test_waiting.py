@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadow.rows import OVERHEAD_BYTES
+from shadow.shown import OVERHEAD_BYTES
 from shadow.waiting import LEAST_SHARE, Waiting, heights
 from tests.service.watching import many
 
