@@ -12,7 +12,7 @@ run: $(VENV)/.run ## Install what serving needs, then serve; all SUREFOOT_ varia
 
 test: $(VENV)/.test ## Install what tests need, then run the checks and the tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest --cov=policies --cov=safety --cov=service --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest --cov=policies --cov=safety --cov=shadow --cov=service --cov-report=term:skip-covered $(ARGS)
 	$(BIN)/python -m coverage report --fail-under=100 --include='$(PURE)'
 
 faults: $(VENV)/.test ## Break a whole service in every way of docs/faults.md, and count what was lost; ARGS="--quick --row 4"
@@ -42,7 +42,7 @@ clean: ## Remove what make made; the data directory stays
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # Modules that decide and do no I/O: every branch is tested.
-PURE := policies/bundle.py,policies/continuous.py,policies/deployment.py,policies/draw.py,policies/errors.py,policies/explore.py,policies/extent.py,policies/graph.py,policies/heads.py,policies/manifest.py,policies/route.py,policies/types.py,safety/*.py,shadow/*.py,service/acks.py,service/allowance.py,service/allowed.py,service/backoff.py,service/calibration_state.py,service/decision.py,service/dry_run.py,service/dry_run_facts.py,service/dry_run_limits.py,service/dry_run_report.py,service/dry_run_verdicts.py,service/history.py,service/ids.py,service/join.py,service/join_model.py,service/judge.py,service/logged.py,service/memory.py,service/memory_writes.py,service/openapi.py,service/pins.py,service/plan.py,service/problems.py,service/record.py,service/reward_events.py,service/ruling.py,service/scalar.py,service/settle.py,service/shipcall.py,service/states.py,service/store_facts.py,service/wire.py
+PURE := policies/bundle.py,policies/continuous.py,policies/deployment.py,policies/draw.py,policies/errors.py,policies/explore.py,policies/extent.py,policies/graph.py,policies/heads.py,policies/manifest.py,policies/route.py,policies/types.py,safety/*.py,shadow/capital.py,shadow/compare.py,shadow/compare_points.py,shadow/estimate.py,shadow/estimators.py,shadow/gate.py,shadow/guards.py,shadow/lower_bound.py,shadow/memory.py,shadow/mixture.py,shadow/moments.py,shadow/paths.py,shadow/ratio.py,shadow/regression.py,shadow/rollout.py,shadow/rows.py,shadow/scores.py,shadow/sequential.py,shadow/shown.py,shadow/totals.py,shadow/units.py,shadow/verdicts.py,shadow/waiting.py,service/acks.py,service/allowance.py,service/allowed.py,service/backoff.py,service/calibration_state.py,service/decision.py,service/dry_run.py,service/dry_run_facts.py,service/dry_run_limits.py,service/dry_run_report.py,service/dry_run_verdicts.py,service/history.py,service/ids.py,service/join.py,service/join_model.py,service/judge.py,service/logged.py,service/memory.py,service/memory_writes.py,service/openapi.py,service/pins.py,service/plan.py,service/problems.py,service/record.py,service/reward_events.py,service/ruling.py,service/scalar.py,service/settle.py,service/shadow_rows.py,service/shipcall.py,service/states.py,service/store_facts.py,service/wire.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -191,6 +191,23 @@ def propose(behaviour: PointBehaviour, u: Floats) -> Floats:
         return np.asarray(np.clip(transform.apply(raw), transform.low, transform.high))
 
 
+def log_propensity_at(
+    behaviour: PointBehaviour, actions: Floats
+) -> tuple[Floats, tuple[Literal["mass", "mixed", "density"], ...]]:
+    """log b at given points, float64 [B], whoever drew them, and what it is the log of. Fallback rows: as if it were
+    the fallback that is given.
+    """
+    log_b, kinds, _ = _log_propensity(behaviour, actions, actions, np.ones(len(actions), dtype=np.bool_))
+    return log_b, kinds
+
+
+def atoms(behaviour: PointBehaviour, actions: Floats) -> Bools:
+    """Coordinates at which points are an atom of b, bool [B, D]; the exploring part has none between the ends."""
+    low, high, centre = behaviour.low, behaviour.high, behaviour.centre
+    certain = (behaviour.target.std == 0.0) & (actions == centre)
+    return np.asarray((low >= high) | (actions <= low) | (actions >= high) | certain)
+
+
 def masked_mass(target: Gaussian, transform: Transform, box: tuple[Floats, Floats]) -> Floats:
     """Target mass that lies beyond the rules' box, float64 [B]: what projection gathers at its ends. The action space's
     own ends mask nothing. A faulty row has none to lose; a deterministic one all or nothing.
@@ -241,7 +258,7 @@ def _log_propensity(
     fixed = low >= high  # a side without width: all mass is there, whatever is drawn
     at_low, at_high = (actions <= low) & ~fixed, (actions >= high) & ~fixed
     certain = (behaviour.target.std == 0.0) & ~fixed
-    atom = fixed | at_low | at_high | (certain & (actions == centre))
+    atom = atoms(behaviour, actions)
     own = _own(behaviour, actions, np.where(explored[:, None], np.nan, own_raw), at_low, at_high)
     own = np.where(fixed, 0.0, np.where(certain, np.where(actions == centre, 0.0, -np.inf), own)).sum(axis=1)
     log_b = own
@@ -251,8 +268,8 @@ def _log_propensity(
         with np.errstate(divide="ignore"):
             log_b = np.logaddexp(np.log1p(-epsilon) + own, np.log(epsilon) + noise)
     log_b = np.where(behaviour.fallback, 0.0, log_b)
-    atoms = np.where(behaviour.fallback, atom.shape[1], atom.sum(axis=1)).tolist()
-    kinds = tuple(KINDS[0] if n == atom.shape[1] else KINDS[2] if n == 0 else KINDS[1] for n in atoms)
+    counts = np.where(behaviour.fallback, atom.shape[1], atom.sum(axis=1)).tolist()
+    kinds = tuple(KINDS[0] if n == atom.shape[1] else KINDS[2] if n == 0 else KINDS[1] for n in counts)
     return log_b, kinds, at_high.astype(np.int64) - at_low.astype(np.int64)
 
 

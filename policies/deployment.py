@@ -1,4 +1,4 @@
-"""How a policy is deployed: which version decides, which is tried, how rewards are joined. Pure.
+"""How a policy is deployed: which version decides, which is tried, which only watch, how rewards are joined. Pure.
 
 `deployment.yaml` stands beside a policy's bundles and gives the state that the service starts from.
 """
@@ -18,6 +18,8 @@ from policies.errors import ConfigError
 from policies.types import Role
 
 DEPLOYMENT = "deployment.yaml"
+# Each has a thread and a queue of its own in every worker.
+MOST_SHADOWS = 4
 RouteBy = Literal["key", "episode", "decision"]
 
 
@@ -60,8 +62,14 @@ class Deployment(Struct, forbid_unknown_fields=True, frozen=True):
     champion: Label
     baseline: Label | None = None
     challengers: Annotated[list[Challenger], Meta(max_length=1)] = []
+    shadows: Annotated[list[Label], Meta(max_length=MOST_SHADOWS)] = []  # versions that watch, and never answer
     route_by: RouteBy | None = None
     reward: RewardPolicy = RewardPolicy()
+
+    def __post_init__(self) -> None:
+        for i, label in enumerate(self.shadows):
+            if label in self.deciding or label in self.shadows[:i]:
+                raise ValueError(f"shadows[{i}]: {label} is named already; a shadow has no other role")
 
     @property
     def versions(self) -> set[str]:
@@ -69,12 +77,17 @@ class Deployment(Struct, forbid_unknown_fields=True, frozen=True):
         return set(self.by_role)
 
     @property
-    def by_role(self) -> dict[str, str]:
-        """Labels that the deployment names, and the field that names each; the champion first."""
+    def deciding(self) -> dict[str, str]:
+        """Labels of versions that may answer, and the field that names each; the champion first."""
         named = {challenger.version: f"challengers[{i}].version" for i, challenger in enumerate(self.challengers)}
         if self.baseline is not None:
             named[self.baseline] = "baseline"
         return {self.champion: "champion"} | {label: at for label, at in named.items() if label != self.champion}
+
+    @property
+    def by_role(self) -> dict[str, str]:
+        """Labels that the deployment names, and the field that names each: those that may answer come first."""
+        return self.deciding | {label: f"shadows[{i}]" for i, label in enumerate(self.shadows)}
 
     def role_of(self, label: str) -> Role | None:
         """Say what a version does; None: nothing, it only stands ready."""
@@ -82,7 +95,9 @@ class Deployment(Struct, forbid_unknown_fields=True, frozen=True):
             return "champion"
         if label in {challenger.version for challenger in self.challengers}:
             return "challenger"
-        return "baseline" if label == self.baseline else None
+        if label == self.baseline:
+            return "baseline"
+        return "shadow" if label in self.shadows else None
 
 
 def read_deployment(raw: bytes, where: str) -> Deployment:

@@ -11,6 +11,7 @@ Promise: every row is answered, whatever raises; an answer that says `logged` le
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
 
@@ -63,6 +64,7 @@ class Decider:
         self._inference = inference
         self._random = random
         self._arrivals = arrivals  # None: episodes are this worker's own
+        self.onlooker: Callable[[Sequence[Settled]], None] | None = None  # shown what was recorded, once it is answered
         self.breakers = breakers
         self._safeguards = Safeguards()
         self.memories = inference.memories
@@ -84,13 +86,24 @@ class Decider:
     async def settle(self, groups: list[Group]) -> list[Outcome]:
         """Constrain, explore, draw, check, record and answer."""
         outcomes: dict[int, Outcome] = {}
+        seen: list[Settled] = []
         for wave in waves(groups, self.safeguards):
             rows = sorted(index for group in wave for index in group.index)
-            outcomes.update(zip(rows, await self._settle(wave), strict=True))
+            outcomes.update(zip(rows, await self._settle(wave, seen), strict=True))
+        self._show(seen)
         return [outcomes[index] for index in range(len(outcomes))]
 
-    async def _settle(self, groups: list[Group]) -> list[Outcome]:
-        """Settle rows of which no two wait for each other. Gives outcomes in the order of the batch."""
+    def _show(self, seen: list[Settled]) -> None:
+        """Show shadows what was recorded, two turns of the event loop from now: the answers have left by then."""
+        if self.onlooker is not None and seen:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self.onlooker, seen)
+
+    async def _settle(self, groups: list[Group], seen: list[Settled]) -> list[Outcome]:
+        """Settle rows of which no two wait for each other. Gives outcomes in the order of the batch.
+
+        seen: what was recorded goes there.
+        """
         held = None
         try:
             held = await reserve(groups, self.safeguards)
@@ -109,7 +122,7 @@ class Decider:
         if held is not None:
             held.settle(answers.executed)
         self._watch(settled)
-        return await self._record(answers, settled)
+        return await self._record(answers, settled, seen)
 
     def renew(self, plan: Plan, safeguards: Safeguards) -> None:
         """Decide by another plan from the next batch on, and by safeguards that fit it."""
@@ -224,7 +237,7 @@ class Decider:
                     for rule in each.judged.constraint.monitors_against(i, action):
                         self._metrics.monitored.labels(self._policy, rule).inc()
 
-    async def _record(self, answers: Answers, settled: Sequence[Settled]) -> list[Outcome]:
+    async def _record(self, answers: Answers, settled: list[Settled], seen: list[Settled]) -> list[Outcome]:
         try:
             if answers.count:
                 appended = self._ledger.append_nowait(self._policy, answers.count, answers.blob, answers.at_ms)
@@ -235,6 +248,7 @@ class Decider:
             if isinstance(error, Unconfirmed):  # kept here, and on its way: another answer would belie the record
                 return self._count(as_unlogged(answers.outcomes))
             return self._count(unrecorded(answers.outcomes, settled))
+        seen += settled
         return self._count(answers.outcomes)
 
     def _count(self, outcomes: list[Outcome]) -> list[Outcome]:

@@ -140,6 +140,25 @@ async def recalibrate(policy: str, worker: Worker) -> Response:
     return Response(status_code=204)
 
 
+@router.get("/policies/{policy}/shadows", summary="What this replica's shadows have come to")
+async def shadows(policy: str, worker: Worker) -> Response:
+    state = _find(worker, policy)
+    found = {"policy": policy, "shadows": state.shadows, "here": worker.shadows.view(policy)}
+    return Response(msgspec.json.encode(found), media_type="application/json", headers=_tag(state))
+
+
+@router.put("/policies/{policy}/shadows/{label}", summary="Let a version watch: it is shown decisions, and makes none")
+async def watch(policy: str, label: str, worker: Worker) -> JSONResponse:
+    state = await worker.changes.watch(policy, label, BY, watches=True)
+    return JSONResponse(policy_view(state), headers=_tag(state))
+
+
+@router.delete("/policies/{policy}/shadows/{label}", summary="Let a version watch no more")
+async def unwatch(policy: str, label: str, worker: Worker) -> JSONResponse:
+    state = await worker.changes.watch(policy, label, BY, watches=False)
+    return JSONResponse(policy_view(state), headers=_tag(state))
+
+
 @router.get("/policies/{policy}/safety", summary="The policy's safety.yaml; empty: it has no rules")
 async def safety(policy: str, worker: Worker) -> Response:
     state = _find(worker, policy)

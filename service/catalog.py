@@ -4,8 +4,9 @@
 
 Duty: hold deployments and versions (of the store, the directory of the start, the snapshot) against what is loaded
 here, and close the gap. Loading is `loading.py`'s, serving `serving.py`'s, changes come from `changes.py`.
-Strategy: nothing is told to replicas, each polls. A plan is published only when all its live versions are loaded and
-warm; until then the one before serves. Versions without a role stand by, the most recently pushed ones first.
+Strategy: nothing is told to replicas, each polls. A plan is published only when all versions that may answer are loaded
+and warm; until then the one before serves. Then come shadows, then versions without a role, the most recently pushed
+ones first.
 Promise: whatever fails here (Redis away, a version that does not load) is reported, and what is served goes on.
 """
 
@@ -29,7 +30,7 @@ from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan
 from service.safeguards import document_of
 from service.serving import plan_of
-from service.standing import Document, Failure, Known, PolicyState, SafetySide, standby
+from service.standing import Document, Failure, Known, PolicyState, SafetySide, standby, watching
 
 POLL_S = 0.5
 # A store may change without a change of `rev` (a crash between the two), or be shared with another deployment.
@@ -115,7 +116,7 @@ class Catalog:
 
     async def fill(self) -> bool:
         """Unload what is too much and load one version that stands by. Return whether one was loaded."""
-        wanted = standby(self.states.values(), self._max_loaded)
+        wanted = [*watching(self.states.values()), *standby(self.states.values(), self._max_loaded)]
         async with self._turn:
             for state in self.states.values():
                 self._unload(state, {label for label in state.loaded if (state.name, label) not in wanted} - state.live)
@@ -202,9 +203,9 @@ class Catalog:
     # Serving
 
     async def _advance(self, state: PolicyState) -> None:
-        """Load what is live and publish it; with anything missing, what is served stays."""
+        """Load what may answer and publish it; with anything missing, what is served stays. Shadows can wait."""
         if state.document is not None:
-            for label in state.document.deployment.by_role:
+            for label in state.document.deployment.deciding:
                 if not state.has(label) and self._worth_a_try(state, label):
                     try:
                         state.loaded[label] = await self._load(state, label)
@@ -215,7 +216,7 @@ class Catalog:
     async def _serve_seed(self, state: PolicyState, seeded: Document) -> None:
         """Nothing of what is deployed can be loaded at the start: serve what the directory says, or do not start."""
         assert state.seed is not None
-        for label in seeded.deployment.by_role:
+        for label in seeded.deployment.deciding:
             if label not in state.loaded:
                 state.loaded[label] = await self.loading.load_bundle(state.seed.bundles[label])
         if state.document != seeded:
@@ -256,7 +257,7 @@ class Catalog:
     def _renew(self, state: PolicyState) -> None:
         """Publish a plan when what is deployed, or what is loaded, has changed."""
         document = state.document
-        if document is None or not all(map(state.has, document.deployment.versions)):
+        if document is None or not all(map(state.has, document.deployment.deciding)):
             document = state.served
         if document is not None and (document != state.served or state.published != state.digests):
             self._serve(state, document)

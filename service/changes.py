@@ -4,6 +4,7 @@
     deploy:  versions there? -> loaded here? -> compare and set -> served here
     halt:    in force here -> compare and set
     rearm:   compare and set -> closed here
+    watch:   version there? -> loaded here? -> compare and set -> shown what is decided here
     rule:    readable? fits the policy? -> compare and set -> in force here
     explore: fits the policy? -> compare and set -> in force here
     delete:  not live? -> kept out of deployments -> out of the store -> tell the others
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from policies.bundle import PolicyBundle
-from policies.deployment import Deployment
+from policies.deployment import MOST_SHADOWS, Deployment
 from policies.errors import (
     BundleError,
     GenerationMissing,
@@ -145,6 +146,29 @@ class Changes:
                 return state
             await self._catalog.refresh(policy)
 
+    async def watch(self, policy: str, label: str, by: str, *, watches: bool) -> PolicyState:
+        """Make a version a shadow, or no shadow any more. The same again changes nothing, but a shadow that has tripped
+        tries again.
+
+        Raises UnknownVersion, InvalidField, BundleError, StoreAway or BundlesAway.
+        """
+        state = await self._catalog.refresh(policy)
+        if watches and label not in state.labels:
+            raise UnknownVersion(f"there is no version {policy}/{label}", "version")
+        if watches:
+            await self._catalog.require(state, label)
+        while True:
+            document = _document(state)
+            others = [each for each in document.deployment.shadows if each != label]
+            if not watches and others == document.deployment.shadows:
+                return state
+            wanted = _watched_by(document.deployment, [*others, label] if watches else others)
+            with contextlib.suppress(GenerationMoved):
+                await self._set(state, replace(document, deployment=wanted), by)
+                await self._catalog.converge()
+                return state
+            await self._catalog.refresh(policy)
+
     async def rule(self, policy: str, source: str, expected: int | None, by: str) -> PolicyState:
         """Replace a policy's `safety.yaml`; an empty one removes all rules.
 
@@ -242,6 +266,16 @@ class Changes:
             await self._catalog.require(state, label)
         except SurefootError:
             return
+
+
+def _watched_by(deployment: Deployment, shadows: list[str]) -> Deployment:
+    """A deployment with these shadows. Raises InvalidField."""
+    if len(shadows) > MOST_SHADOWS:
+        raise InvalidField(f"there may be {MOST_SHADOWS} shadows of a policy, no more", "shadows")
+    try:
+        return replace(deployment, shadows=shadows)
+    except ValueError as error:
+        raise InvalidField(str(error), "shadows") from None
 
 
 def _document(state: PolicyState) -> Document:

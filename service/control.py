@@ -52,6 +52,7 @@ if raw then
   local now = cjson.decode(raw).deployment
   if now.champion == ARGV[1] or now.baseline == ARGV[1] then return 0 end
   for _, each in ipairs(now.challengers or {}) do if each.version == ARGV[1] then return 0 end end
+  for _, label in ipairs(now.shadows or {}) do if label == ARGV[1] then return 0 end end
 end
 redis.call('SET', KEYS[1] .. ':gone:' .. ARGV[1], '1', 'PX', ARGV[2])
 return 1

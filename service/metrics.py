@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from policies.types import Role
 from safety.types import FallbackReason
+from service.shadow_metrics import ShadowMetrics
 from service.wire import INTERNAL, UNRECORDED, ActResponse
 
 # From a lone inline decision (some 200 µs) to the default deadline of a request (1 s), about 2 buckets per doubling.
@@ -194,6 +195,7 @@ class Metrics:
             "version_load_failures", "Loads of a version that failed in this worker.", "policy"
         )
         self.control_age = self._gauge("control_age_seconds", "Since deployments were last read from Redis.")
+        self.shadows = ShadowMetrics(registry, SECONDS)
         self.info = Gauge(
             "surefoot_policy_info", "Loaded versions.", ["policy", "version", "digest", "role"], registry=registry
         )

@@ -54,7 +54,7 @@ def versions(policy: str, url: str | None = None, token: str | None = None) -> l
 
 
 def promote(policy: str, version: str, url: str | None = None, token: str | None = None) -> dict[str, Any]:
-    """Make a version the champion; a challenger that it was is none any more. Gives the policy's new view.
+    """Make a version the champion; a challenger or a shadow that it was is none any more. Gives the policy's new view.
 
     Raises Refusal, also when somebody else changed the deployment meanwhile.
     """
@@ -63,6 +63,7 @@ def promote(policy: str, version: str, url: str | None = None, token: str | None
     deployment = standing.json()
     deployment["champion"] = version
     deployment["challengers"] = [each for each in deployment["challengers"] if each["version"] != version]
+    deployment["shadows"] = [each for each in deployment.get("shadows", ()) if each != version]
     answer = _call("PUT", path, url, token, json=deployment, headers={"If-Match": standing.headers["etag"]})
     view: dict[str, Any] = answer.json()
     return view

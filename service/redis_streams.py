@@ -19,6 +19,7 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:{policy}:calibration                          what `calibration.py` keeps: the monitor's sums, its alarms
     sf:{policy}:explore  explore:<kind>:<window>  burn    what `leases.py` keeps: exploration's budget, lent in portions
     sf:{policy}:lim:k:<digest>  all  h:<holder>  memory    what `limit_calls.py` keeps: limits on executions
+    sf:{policy}:shadow:<version>                     what `shadow_stream.py` keeps: what shadows have scored
     sf:{policy}:mem:<digest>                         what `memory_store.py` keeps: episodes by name, their last step
 
 Strategy: one round trip for each call; `redis_connection.py` sends it once, and the shipper decides what is repeated.

@@ -47,6 +47,8 @@ from service.rewards import Rewards
 from service.scalar import Scalar
 from service.serving import Serving
 from service.settings import Settings
+from service.shadow_stream import ShadowStream
+from service.shadows import Shadows
 from service.shipper import Shipper
 from service.slots import take_slot
 from service.store_watch import StoreWatch
@@ -81,6 +83,7 @@ class Runtime:
     burning: Burning
     trimming: Trimming
     watch: StoreWatch
+    shadows: Shadows
     draining: bool = False
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
 
@@ -115,6 +118,7 @@ class Runtime:
                 self.metrics.breaker_open.labels(policy, version, "faults").set(counts.faults is Faults.OPEN)
                 self.metrics.breaker_open.labels(policy, version, "latency").set(counts.latency is Latency.OPEN)
         self.guarding.refresh_metrics(self.metrics)
+        self.shadows.refresh_metrics()
         self.metrics.control_age.set(math.inf if self.catalog.age_s is None else self.catalog.age_s)
 
 
@@ -158,7 +162,14 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         stack.push_async_callback(leases.aclose)
         guarding = Guarding(streams, clock, leases)
         stack.push_async_callback(guarding.aclose)
-        serving = Serving(settings, ledger, shipper, streams, keyring, clock, metrics, device, guarding, configs)
+        scores = ShadowStream(streams, metrics.shadows, settings.shadow_stream_keep)
+        shadows = Shadows(
+            keyring, clock, metrics.shadows, scores, settings.inference_timeout_s, settings.shadow_cpu_share
+        )
+        stack.push_async_callback(shadows.aclose)
+        serving = Serving(
+            settings, ledger, shipper, streams, keyring, clock, metrics, device, guarding, shadows, configs
+        )
         stack.push_async_callback(serving.aclose)
         catalog = Catalog(
             seeds,
@@ -198,6 +209,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             Burning(streams, leases, metrics),
             Trimming(streams, metrics, Rules.of(settings)),
             StoreWatch(streams, metrics, settings.durability, ledger.confirm),
+            shadows,
         )
         async with _loops(runtime):
             await runtime.refresh_store()
@@ -278,6 +290,7 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("limits", runtime.guarding.run),
             ("calibration", lambda: runtime.calibrations.run(runtime.policies)),
             ("burning", lambda: runtime.burning.run(runtime.guarding.burn_limits)),
+            ("shadows", runtime.shadows.stream.run),
             ("trimming", lambda: runtime.trimming.run(runtime.policies)),
         )
     ]

@@ -1,7 +1,8 @@
 """The pipelines of a worker: a policy gets one when it is first published, and a new plan whenever something changes.
 
 Duty: everything that has to know of a policy learns of it here, in one step of the event loop: hot routes, rewards, the
-join's configuration, shipper, metrics. It does not know where versions come from: `catalog.py` says what is published.
+join's configuration, shipper, shadows, metrics. It does not know where versions come from: `catalog.py` says what is
+published.
 Promise: a request sees a policy wholly as it was or wholly as it is.
 """
 
@@ -33,6 +34,7 @@ from service.redis_streams import JoinConfig, RedisStreams
 from service.reward_events import Rewarded
 from service.scalar import Scalar
 from service.settings import Settings
+from service.shadows import Shadows
 from service.shipper import Shipper
 from service.standing import SafetySide
 from service.states import StateReader
@@ -54,6 +56,7 @@ class Serving:
     metrics: Metrics
     device: Executor
     guarding: Guarding
+    shadows: Shadows
     configs: dict[str, JoinConfig]
     policies: dict[str, Served] = field(default_factory=dict)
     rewarded: dict[bytes, Rewarded] = field(default_factory=dict)
@@ -82,6 +85,8 @@ class Serving:
             served = self._open(plan)
         else:
             served.coalescer.decider.renew(plan, self.guarding.fit(plan))
+        watched = self.shadows.follow(plan, deployment)
+        served.coalescer.decider.onlooker = partial(self.shadows.show, name) if watched else None
         self.rewarded[plan.digest] = Rewarded(
             name,
             plan.observation,

@@ -105,6 +105,10 @@ class Settings(BaseSettings):
     group_ttl_s: Seconds = Field(
         604_800.0, ge=1, description="A group that nobody asks for this long raises an alert; it is never removed."
     )
+    # Some 0.4 KB each for a few actions: 40 MB for each shadow.
+    shadow_stream_keep: int = Field(100_000, ge=1, description="Newest scores of each shadow that stay in Redis.")
+    # The event loop waits for a shadow's Python at most this share of the time; 0.2 scores thousands of rows a second.
+    shadow_cpu_share: float = Field(0.2, gt=0, le=1, description="Share of a core that each shadow may take.")
     verdict_wait_s: Seconds = Field(0.05, description="A reward waits this long for the join's verdict.")
     idempotency_ttl_s: Seconds = Field(86_400.0, description="A repeated Idempotency-Key is recognised for this long.")
 

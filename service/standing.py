@@ -63,7 +63,7 @@ class Failure:
 
 @dataclass
 class PolicyState:
-    """Invariant: the labels that `served` names are in `loaded`."""
+    """Invariant: the labels that `served` lets answer are in `loaded`."""
 
     name: str
     seed: StoredPolicy | None = None  # of the directory of the start
@@ -113,6 +113,11 @@ class PolicyState:
         return {label for each in documents if each is not None for label in each.deployment.versions}
 
     @property
+    def shadows(self) -> list[str]:
+        """Labels of versions that should watch."""
+        return [] if self.document is None else self.document.deployment.shadows
+
+    @property
     def labels(self) -> set[str]:
         """Every version that there is, loaded or not."""
         return set(self.known.versions) | set(self.seed.bundles if self.seed else ())
@@ -139,6 +144,11 @@ class PolicyState:
     def has(self, label: str) -> bool:
         """Whether a version is loaded, with the content that it should have."""
         return label in self.loaded and self.loaded[label].bundle.digest == self.digest(label)
+
+
+def watching(states: Iterable[PolicyState]) -> list[tuple[str, str]]:
+    """Shadows of all policies, loaded or not."""
+    return [(state.name, label) for state in states for label in state.shadows]
 
 
 def standby(states: Iterable[PolicyState], max_loaded: int) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ def policy_view(state: PolicyState) -> dict[str, Any]:
         "champion": routes.champion if routes else None,
         "challenger": {"version": challenger.version, "weight": challenger.weight} if challenger else None,
         "baseline": routes.baseline if routes else None,
+        "shadows": routes.shadows if routes else [],
         "deployment": None if wanted is None else deployment_view(wanted),
         "halts": sorted(state.halts),
         "source": source_of(state),

@@ -29,6 +29,21 @@ def test_it_names_its_versions() -> None:
     assert default_deployment("toy", ["v1"]).versions == {"v1"}
 
 
+def test_shadows_are_live_but_may_not_answer() -> None:
+    deployment = read_deployment(GOOD[:-1] + b", shadows: [v3, v4]}", "here")
+    assert list(deployment.deciding) == ["v1", "v2", "v0"]
+    assert deployment.by_role["v4"] == "shadows[1]"
+    roles = [deployment.role_of(label) for label in ("v0", "v1", "v2", "v3", "v5")]
+    assert roles == ["baseline", "champion", "challenger", "shadow", None]
+    for label in (b"v0", b"v1", b"v2"):
+        with pytest.raises(ConfigError, match="has no other role"):
+            read_deployment(GOOD[:-1] + b", shadows: [" + label + b"]}", "here")
+    with pytest.raises(ConfigError, match=r"shadows\[1\]"):
+        read_deployment(GOOD[:-1] + b", shadows: [v3, v3]}", "here")
+    with pytest.raises(ConfigError):
+        read_deployment(GOOD[:-1] + b", shadows: [a, b, c, d, e]}", "here")
+
+
 @pytest.mark.parametrize(
     ("raw", "field"),
     [

@@ -64,16 +64,21 @@ def test_of_many_changes_at_once_one_wins(valkey_url: str, policy: str) -> None:
 def test_what_is_deployed_cannot_be_retired_and_what_is_retired_cannot_be_deployed(
     valkey_url: str, store: redis.Redis, policy: str
 ) -> None:
-    first = document(policy, 1, baseline="v2", challengers=[Challenger("v3", 0.1)])
+    first = document(policy, 1, baseline="v2", challengers=[Challenger("v3", 0.1)], shadows=["v5"])
 
     async def scenario(control: Control) -> None:
         await control.retire(policy, "v9")
         assert await control.change(policy, document(policy, 1, "v9"), unwritten=0) == Going("v9")
         assert await control.change(policy, first, unwritten=0) is None
-        for label in ("v1", "v2", "v3"):
+        for label in ("v1", "v2", "v3", "v5"):
             with pytest.raises(VersionLive):
                 await control.retire(policy, label)
-        for fields in ({"champion": "v4"}, {"baseline": "v4"}, {"challengers": [Challenger("v4", 0.1)]}):
+        for fields in (
+            {"champion": "v4"},
+            {"baseline": "v4"},
+            {"challengers": [Challenger("v4", 0.1)]},
+            {"shadows": ["v4"]},
+        ):
             await control.retire(policy, "v4")
             assert await control.change(policy, document(policy, 2, **fields), unwritten=0) == Going("v4")
         await control.welcome(policy, "v4")
