@@ -21,9 +21,9 @@ from typing import Any, Literal
 import structlog
 
 from policies.engine import Engine
-from shadow.shown import Rows, joined
 from shadow.scores import encode_score, scores
 from shadow.scoring import Scorer, Uniforms
+from shadow.shown import Rows, joined
 from shadow.totals import Drop, Totals
 from shadow.waiting import Waiting
 

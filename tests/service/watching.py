@@ -21,9 +21,9 @@ from service.shadow_rows import shown
 from service.shadow_stream import ShadowStream
 from service.shadows import Shadows
 from service.wire import encode
-from shadow.shown import Rows
 from shadow.runner import Runner
 from shadow.scores import Score, decode_score
+from shadow.shown import Rows
 from shadow.waiting import Waiting
 from tests.policies.growing import loop, product
 from tests.policies.networks import indexer, linear, logarithm

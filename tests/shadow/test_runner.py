@@ -12,9 +12,9 @@ import pytest
 from policies.errors import BundleError
 from service.plan import Row
 from shadow.memory import OVERHEAD_BYTES, Episodes, waves
-from shadow.shown import Rows, joined
 from shadow.runner import Runner
 from shadow.scores import MOST_NUMBERS, decode_score, encode_score
+from shadow.shown import Rows, joined
 from shadow.waiting import Waiting
 from tests.policies.growing import ENDLESS
 from tests.policies.networks import index_of_largest, linear
