@@ -65,6 +65,7 @@ class Chain:
     def __init__(self, streams: RedisStreams, mirror: Mirror, audit: AuditLog, metrics: Metrics) -> None:
         self._streams = streams
         self._mirror = mirror
+        self._stating: asyncio.Task[None] | None = None
         self._audit = audit
         self._metrics = metrics
         self._turn = asyncio.Lock()
@@ -90,9 +91,9 @@ class Chain:
         """Bring this disk and Redis to the same. What may pass by itself is not raised."""
         async with self._turn:
             self._audit.wake.clear()
-            if self._left is None:
-                await self._start()
             try:
+                if self._left is None:
+                    await self._start()
                 await self._follow()
                 await self._append()
                 self._audit.reachable = True
@@ -100,9 +101,9 @@ class Chain:
             except StoreAway as error:
                 self._audit.reachable = False
                 log.debug("audit_waits", reason=error.detail)
-            except (Broken, OSError) as error:
+            except Exception as error:  # whatever it is, decisions go on, and changes are on disk
                 self._audit.reachable = False
-                self._tell(str(error))
+                self._tell(str(error) or repr(error))
             await self._forget_chained()
             self._metrics.audit_unchained.set(len(self._audit.pending))
 

@@ -512,6 +512,7 @@ def test_of_two_chains_redis_s_goes_on_and_nothing_that_was_stated_is_lost(
             await three.chain.run_once()
             await one.chain.run_once()
             await asyncio.gather(*(each.chain.run_once() for each in (one, two, three)))
+            assert one.chain._stating is not None
             await one.chain._stating
             for each in (one, two, three, one):
                 await each.chain.run_once()
@@ -566,6 +567,21 @@ def test_entries_deleted_at_the_end_stop_the_chain_instead_of_being_replaced(
             store.rename(KEY, "sf:audit:broken")
             await one.chain.run_once()
             assert one.actions == ["a", "b", "c"]
+
+    run(scenario)
+
+
+def test_what_nobody_thought_of_stops_the_chain_and_nothing_else(tmp_path: Path, url: str, store: redis.Redis) -> None:
+    async def scenario() -> None:
+        store.set(KEY, "not a stream")
+        async with replicas(tmp_path, url, "one") as (one,):
+            await one.state("a")
+            await one.chain.run_once()
+            assert one.metrics.registry.get_sample_value("surefoot_audit_stopped") == 1.0
+            assert one.metrics.registry.get_sample_value("surefoot_audit_unchained") == 1.0
+            store.delete(KEY)
+            await one.chain.run_once()
+            assert one.actions == ["a"]
 
     run(scenario)
 

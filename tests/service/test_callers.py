@@ -154,6 +154,14 @@ def test_requests_have_a_rate_for_each_token_and_each_address() -> None:
     assert [outcome(door, STRONG) for _ in range(6)] == ["t-1"] * 5 + [TooMany]
 
 
+def test_what_is_urgent_has_no_rate_for_those_who_are_known() -> None:
+    door = callers(ManualClock(), rate=5.0)
+    assert {door.identify(scope("admin"), "operate", urgent=True).name for _ in range(100)} == {"admin"}
+    for kind in (Unauthorized, Unauthorized, Unauthorized, TooMany):
+        with pytest.raises(kind):
+            door.identify(scope("guess", "10.0.0.9"), "operate", urgent=True)
+
+
 def test_calls_without_a_token_use_up_nobody_else_s_rate() -> None:
     door = callers(ManualClock(), rate=5.0)
     assert [outcome(door, None) for _ in range(11)] == [Unauthorized] * 10 + [TooMany]
