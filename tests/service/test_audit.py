@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from policies.errors import AuditBroken, GenerationMoved, InvalidField
 from service.audit import GENESIS, MAX_TEXT, Broken, Entry, Head, Statement, chain, check, clipped, line_of, verify
-from service.audit_chain import KEY, Chain
+from service.audit_chain import APPEND, KEY, Chain
 from service.audit_files import Line, Mirror, Segment, leftovers, read_segment
 from service.audit_log import SYSTEM, AuditLog, Who, by_itself, noted
 from service.clock import ManualClock, SystemClock
@@ -571,13 +571,31 @@ def test_entries_deleted_at_the_end_stop_the_chain_instead_of_being_replaced(
     run(scenario)
 
 
-def test_what_nobody_thought_of_stops_the_chain_and_nothing_else(tmp_path: Path, url: str, store: redis.Redis) -> None:
+def test_an_append_names_the_number_and_the_hash_that_it_follows(tmp_path: Path, url: str, store: redis.Redis) -> None:
+    async def scenario() -> None:
+        async with replicas(tmp_path, url, "one") as (one,):
+            await one.state("a")
+            await one.chain.run_once()
+            head = one.chain.head
+            entry = chain(statement(2), head)
+            for other in (Head(0, GENESIS), Head(1, GENESIS), Head(2, head.hash)):
+                reply = await one.streams.script(APPEND, KEY, other.seq, other.hash, line_of(entry), entry.hash)
+                assert reply == [b"1", head.hash.encode()]
+            assert in_redis(store) == one.lines
+            assert await one.streams.script(APPEND, KEY, head.seq, head.hash, line_of(entry), entry.hash) == []
+
+    run(scenario)
+
+
+def test_a_key_of_another_kind_holds_up_the_chain_and_nothing_else(
+    tmp_path: Path, url: str, store: redis.Redis
+) -> None:
     async def scenario() -> None:
         store.set(KEY, "not a stream")
         async with replicas(tmp_path, url, "one") as (one,):
             await one.state("a")
             await one.chain.run_once()
-            assert one.metrics.registry.get_sample_value("surefoot_audit_stopped") == 1.0
+            assert not one.log.reachable
             assert one.metrics.registry.get_sample_value("surefoot_audit_unchained") == 1.0
             store.delete(KEY)
             await one.chain.run_once()
