@@ -51,19 +51,19 @@ async def _guard(request: Request, path: str, inner: Handler) -> Response:
     worker, permission = _runtime(request), needed(request.method, path)
     action = action_of(request.method, path)
     # A dashboard that asks too often must keep nobody from halting.
-    caller = worker.callers.identify(request.scope, permission, urgent=action == HALT)
+    caller = worker.admission.callers.identify(request.scope, permission, urgent=action == HALT)
     request.state.caller = caller
     policy = request.path_params.get("policy", "")
     if action is None:
-        worker.callers.permit(caller, permission, policy)
+        worker.admission.callers.permit(caller, permission, policy)
         return await inner(request)
     subject = request.path_params.get("label") or request.path_params.get("token") or ""
     try:
-        worker.callers.permit(caller, permission, policy)
+        worker.admission.callers.permit(caller, permission, policy)
     except Forbidden as refused:
-        await worker.audit.record(caller.who, action, policy, subject, refused.code)
+        await worker.admission.audit.record(caller.who, action, policy, subject, refused.code)
         raise
-    async with worker.audit.change(caller.who, action, policy, subject, urgent=action == HALT) as note:
+    async with worker.admission.audit.change(caller.who, action, policy, subject, urgent=action == HALT) as note:
         if policy in worker.catalog.states:
             note.before = worker.catalog.states[policy].generation
         try:

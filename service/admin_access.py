@@ -72,8 +72,8 @@ _WANTED = {
 async def list_tokens(worker: Worker) -> Response:
     now_ms, used = worker.clock.event_ms(), {}
     with contextlib.suppress(StoreAway):
-        used = await worker.tokens.last_used()
-    return _json([view(each, used.get(each.id), now_ms) for each in worker.tokens.tokens])
+        used = await worker.admission.tokens.last_used()
+    return _json([view(each, used.get(each.id), now_ms) for each in worker.admission.tokens.tokens])
 
 
 @router.post("/tokens", status_code=201, summary="Make a token; its text is told this once", openapi_extra=_WANTED)
@@ -101,7 +101,7 @@ async def create_token(request: Request, worker: Worker, caller: Whoever) -> Res
             raise Forbidden(f"there are {MAX_TOKENS} tokens: revoke those that nobody uses")
         return standing.plus(token)
 
-    await worker.tokens.change(add)
+    await worker.admission.tokens.change(add)
     return _json(view(token, None, now_ms) | {"token": text}, 201)
 
 
@@ -112,7 +112,7 @@ async def revoke_token(token: str, worker: Worker) -> Response:
             raise UnknownToken(f"there is no token {token[:20]!r}; those of the settings are changed there", "token")
         return standing.minus(token)
 
-    await worker.tokens.change(remove)
+    await worker.admission.tokens.change(remove)
     return Response(status_code=204)
 
 
@@ -125,16 +125,16 @@ async def audit(
         if policy is None:
             raise Forbidden("this token is for some policies only: name one of them", "policy")
         caller.confine(policy)
-    where, lines = await worker.chain.read(after, limit, source)
+    where, lines = await worker.admission.chain.read(after, limit, source)
     entries = [msgspec.Raw(line) for line in lines if policy is None or statement_of(line).policy == policy]
-    head = worker.chain.head
+    head = worker.admission.chain.head
     return _json(
         {
             "entries": entries,
             "next": after + len(lines) if len(lines) == limit else None,
             "source": where,
             "head": {"seq": head.seq, "hash": head.hash},
-            "unchained": len(worker.audit.pending),
+            "unchained": len(worker.admission.audit.pending),
         }
     )
 

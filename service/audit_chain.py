@@ -17,8 +17,10 @@ chained anew. Nothing is ever trimmed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
@@ -57,6 +59,7 @@ return {}
 """
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 
 class Chain:
@@ -69,6 +72,7 @@ class Chain:
         self._audit = audit
         self._metrics = metrics
         self._turn = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit-chain")  # one, so that writes never overlap
         self._left: dict[Path, list[Statement]] | None = None  # what other lives have left behind; None: not read yet
         self._told: str | None = None
 
@@ -116,21 +120,22 @@ class Chain:
             except StoreAway:
                 if source == "redis":
                     raise
-        return "disk", await asyncio.to_thread(lambda: list(self._mirror.lines(after, limit)))
+        return "disk", await self._aside(lambda: list(self._mirror.lines(after, limit)))
 
     async def aclose(self) -> None:
         """Append what is left, as far as Redis is there, and close the files."""
         await self.run_once()
         await self._audit.aclose()
+        self._thread.shutdown()
         self._mirror.close()
 
     async def _start(self) -> None:
         """Verify this disk's copy, and take on what other lives have stated and not chained."""
-        await asyncio.to_thread(self._mirror.load)
-        self._left = await asyncio.to_thread(leftovers, self._mirror.folder)
+        await self._aside(self._mirror.load)
+        self._left = await self._aside(leftovers, self._mirror.folder)
         if self._left:
             self._audit.adopt(statement for each in self._left.values() for statement in each)
-            self._audit.settle(await asyncio.to_thread(lambda: list(keys_in(self._mirror.lines()))))
+            self._audit.settle(await self._aside(lambda: list(keys_in(self._mirror.lines()))))
         if self._mirror.broken is not None:
             self._metrics.audit_faults.labels("file").inc()
             self._state("audit_file_broken", str(self._mirror.broken.seq))
@@ -176,25 +181,25 @@ class Chain:
         return not reply
 
     async def _copy(self, lines: list[bytes], head: Head) -> None:
-        await asyncio.to_thread(self._mirror.append, lines, head)
+        await self._aside(self._mirror.append, lines, head)
         self._audit.settle(keys_in(lines))
 
     async def _reconcile(self, mine: Head) -> None:
         """Redis does not have this disk's last entry: give it back what it has lost, or leave the way of our own."""
         newest = await self._streams.command("XREVRANGE", KEY, "+", "-", "COUNT", 1)
         theirs = _head(newest[0]) if newest else Head()
-        if theirs.seq < mine.seq and await asyncio.to_thread(self._mirror.hash_at, theirs.seq) == theirs.hash:
+        if theirs.seq < mine.seq and await self._aside(self._mirror.hash_at, theirs.seq) == theirs.hash:
             log.error("redis_lost_audit_entries", have=theirs.seq, had=mine.seq)
             await self._give_back(theirs)
             return
         common = await self._common(min(mine.seq, theirs.seq))
         log.error("audit_forked", after=common, seq=mine.seq, hash=mine.hash)
-        self._audit.adopt(await asyncio.to_thread(self._mirror.set_aside, common))
+        self._audit.adopt(await self._aside(self._mirror.set_aside, common))
         self._metrics.audit_faults.labels("fork").inc()
         self._state("audit_forked", f"{mine.seq}:{mine.hash}")
 
     async def _give_back(self, theirs: Head) -> None:
-        lines = await asyncio.to_thread(lambda: list(self._mirror.lines(theirs.seq, PAGE)))
+        lines = await self._aside(lambda: list(self._mirror.lines(theirs.seq, PAGE)))
         entries = [msgspec.json.decode(line, type=Entry) for line in lines]
         pairs = [part for line, entry in zip(lines, entries, strict=True) for part in (line, entry.hash)]
         await self._compare_and_append(theirs, pairs)  # refused: another replica is doing it
@@ -205,11 +210,12 @@ class Chain:
         while low < high:
             middle = (low + high + 1) // 2
             found = await self._range(f"{middle}-0", 1)
-            same = bool(found) and _head(found[0]) == Head(
-                middle, await asyncio.to_thread(self._mirror.hash_at, middle)
-            )
+            same = bool(found) and _head(found[0]) == Head(middle, await self._aside(self._mirror.hash_at, middle))
             low, high = (middle, high) if same else (low, middle - 1)
         return low
+
+    async def _aside(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _range(self, start: str, count: int) -> list[Any]:
         found: list[Any] = await self._streams.command("XRANGE", KEY, start, "+", "COUNT", count)
@@ -220,7 +226,7 @@ class Chain:
         pending = {segment for segment, _ in self._audit.pending}
         for path, statements in list((self._left or {}).items()):
             if not pending & {each.segment for each in statements} and path.parent != self._mirror.folder:
-                await asyncio.to_thread(path.unlink, missing_ok=True)
+                await self._aside(path.unlink, True)
                 del (self._left or {})[path]
 
     def _state(self, action: str, subject: str) -> None:

@@ -130,7 +130,9 @@ class Mirror:
             log.error("audit_file_broken", seq=broken.seq, reason=broken.reason, kept=whole.name)
 
     def append(self, lines: Sequence[bytes], head: Head) -> None:
-        """Add entries that were checked. Raises OSError."""
+        """Add entries that were checked, but not twice: who asked before may have been cancelled. Raises OSError."""
+        if self.head.seq != head.seq - len(lines):
+            return
         size = os.fstat(self._file).st_size
         try:
             _write(self._file, b"".join(line + b"\n" for line in lines))

@@ -208,10 +208,14 @@ class AuditLog:
 
     async def _flush(self) -> None:
         lines, self._buffer = self._buffer, []
+        writing = asyncio.get_running_loop().run_in_executor(self._thread, self._segment.append, lines)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._segment.append, lines)
+            await asyncio.shield(writing)
         except OSError:
             self._buffer = lines + self._buffer
+            raise
+        except asyncio.CancelledError:
+            await asyncio.wait([writing])  # others wait for the same lines, and take them for written
             raise
 
 

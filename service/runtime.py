@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -26,9 +24,7 @@ from policies.errors import ConfigError, InvalidField, NotReady
 from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
 from safety.breaker import Faults, Latency
-from service.audit_chain import Chain
-from service.audit_files import Mirror
-from service.audit_log import AuditLog
+from service.admission import Admission, admit
 from service.burning import Burning
 from service.calibration import Calibrations
 from service.callers import Callers
@@ -54,10 +50,8 @@ from service.scalar import Scalar
 from service.serving import Serving
 from service.settings import Settings
 from service.shipper import Shipper
-from service.slots import host_id, take_slot
+from service.slots import take_slot
 from service.store_watch import StoreWatch
-from service.token_store import POLL_S as TOKENS_S
-from service.token_store import TokenStore
 from service.tracing import Tracing
 from service.trimming import Rules, Trimming
 
@@ -90,10 +84,7 @@ class Runtime:
     trimming: Trimming
     watch: StoreWatch
     clock: SystemClock
-    callers: Callers
-    tokens: TokenStore
-    audit: AuditLog
-    chain: Chain
+    admission: Admission
     draining: bool = False
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
 
@@ -169,7 +160,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         stack.callback(tracing.close)
         leases = Leases(streams, clock, lambda: uuid.uuid4().hex)
         stack.push_async_callback(leases.aclose)
-        access = await _open_access(settings, streams, clock, metrics, stack)
+        admission = await admit(settings, streams, clock, metrics, stack)
         guarding = Guarding(streams, clock, leases)
         stack.push_async_callback(guarding.aclose)
         serving = Serving(settings, ledger, shipper, streams, keyring, clock, metrics, device, guarding, configs)
@@ -177,7 +168,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         catalog = Catalog(
             seeds,
             store,
-            Control(streams, access.audit),
+            Control(streams, admission.audit),
             Snapshot(settings.data_dir),
             loading,
             serving.publish,
@@ -186,13 +177,13 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             metrics,
             clock,
             settings.max_loaded,
-            access.audit,
+            admission.audit,
         )
         await catalog.start()
         rewards = _rewards(serving)
         idempotency = Idempotency(streams, settings.idempotency_ttl_s)
         stack.push_async_callback(idempotency.aclose)
-        hot = _hot_routes(serving, rewards, idempotency, tracing, access.callers)
+        hot = _hot_routes(serving, rewards, idempotency, tracing, admission.callers)
         changes = Changes(catalog, clock)
         runtime = Runtime(
             settings,
@@ -214,10 +205,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             Trimming(streams, metrics, Rules.of(settings)),
             StoreWatch(streams, metrics, settings.durability, ledger.confirm),
             clock,
-            access.callers,
-            access.tokens,
-            access.audit,
-            access.chain,
+            admission,
         )
         async with _loops(runtime):
             await runtime.refresh_store()
@@ -281,31 +269,6 @@ def _hot_routes(
     )
 
 
-class _Access(NamedTuple):
-    """Who may call, and what is written down of it."""
-
-    callers: Callers
-    tokens: TokenStore
-    audit: AuditLog
-    chain: Chain
-
-
-async def _open_access(
-    settings: Settings, streams: RedisStreams, clock: SystemClock, metrics: Metrics, stack: contextlib.AsyncExitStack
-) -> _Access:
-    client = settings.client_token.get_secret_value() if settings.client_token else None
-    admin = settings.admin_token.get_secret_value() if settings.admin_token else secrets.token_urlsafe(24)
-    rates = {"rate": settings.admin_rate, "failures_per_minute": settings.auth_failures_per_minute}
-    callers = Callers(client, admin, clock, metrics, **rates)
-    tokens = TokenStore(streams, settings.data_dir, clock, callers.publish)
-    await tokens.start()
-    folder = settings.data_dir / "audit"
-    audit = AuditLog(folder, f"{host_id(settings.data_dir)}-{secrets.token_hex(6)}", clock)
-    chain = Chain(streams, Mirror(folder), audit, metrics)
-    stack.push_async_callback(chain.aclose)
-    return _Access(callers, tokens, audit, chain)
-
-
 @contextlib.asynccontextmanager
 async def _loops(runtime: Runtime) -> AsyncIterator[None]:
     """Run the background loops, restarting one that dies."""
@@ -315,22 +278,14 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             await runtime.refresh_store()
             await asyncio.sleep(PROBE_S)
 
-    async def follow_tokens() -> None:
-        while True:
-            used, runtime.callers.used = runtime.callers.used, set()
-            for token in used:
-                runtime.tokens.used(token)
-            await runtime.tokens.run_once()
-            await asyncio.sleep(TOKENS_S)
-
     tasks = [
         asyncio.create_task(_supervise(runtime, name, loop), name=name)
         for name, loop in (
             ("shipper", runtime.shipper.run),
             ("probe", probe),
             ("catalog", runtime.catalog.run),
-            ("tokens", follow_tokens),
-            ("audit", runtime.chain.run),
+            ("tokens", runtime.admission.follow_tokens),
+            ("audit", runtime.admission.chain.run),
             ("leases", runtime.leases.run),
             ("limits", runtime.guarding.run),
             ("calibration", lambda: runtime.calibrations.run(runtime.policies)),

@@ -133,6 +133,8 @@ def test_a_mirror_comes_back_as_it_was(tmp_path: Path) -> None:
     assert list(again.lines(1, 2)) == lines[1:3]
     assert again.hash_at(4) == again.head.hash
     assert again.hash_at(0) == GENESIS
+    again.append(lines[2:], verify(lines))  # by somebody who was cancelled while it was written
+    assert list(again.lines()) == lines
     assert (tmp_path / "chain-0.jsonl").stat().st_mode & 0o777 == 0o600
     again.close()
 
