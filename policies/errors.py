@@ -23,6 +23,10 @@
     │   ├── KeyReused        422     an Idempotency-Key came back with another body
     │   ├── KeyInUse         409     the first request with this Idempotency-Key is still running
     │   ├── Unauthorized     401     no token, or not a valid one
+    │   ├── Forbidden        403     the token's role or policies do not reach so far
+    │   ├── TooMany          429     more requests, or more failed ones, than are taken (Retry-After)
+    │   ├── UnknownToken     404     there is no token of this id
+    │   ├── TokensMoved      409     others have changed tokens meanwhile, again and again
     │   ├── BodyTooLarge     413
     │   ├── BodyTooSlow      408
     │   └── WrongMethod      405
@@ -32,6 +36,7 @@
     │   │   └── Unconfirmed  503     kept here and on its way, but Redis's replicas have not confirmed it in time
     │   ├── StoreAway        503     Redis does not answer, and the question cannot be answered without it
     │   ├── BundlesAway      503     the store of bundles does not answer
+    │   ├── AuditBroken      503     the disk does not take the audit log, and nothing is changed without it
     │   └── NotReady         503     keys or policies are not loaded yet
     ├── BundleError          422     a policy bundle that is refused; `check` names the check that refused it
     ├── SafetyError          422     a `safety.yaml` that is refused; `errors` names every place with line and column
@@ -53,7 +58,7 @@ class SurefootError(Exception):
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Something went wrong inside the service"
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
 
     def __init__(self, detail: str, field: str | None = None) -> None:
         super().__init__(detail)
@@ -194,6 +199,35 @@ class Unauthorized(RequestError):
     title = "A valid token is required"
 
 
+class Forbidden(RequestError):
+    code = "forbidden"
+    status = 403
+    title = "The token does not reach so far"
+
+
+class TooMany(RequestError):
+    code = "too_many_requests"
+    status = 429
+    title = "Too many requests"
+
+    def __init__(self, detail: str, field: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(detail, field)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownToken(RequestError):
+    code = "unknown_token"
+    status = 404
+    title = "No such token"
+
+
+class TokensMoved(RequestError):
+    code = "tokens_moved"
+    status = 409
+    title = "Tokens have changed meanwhile"
+    retry_after_s = 1
+
+
 class BodyTooLarge(RequestError):
     code = "body_too_large"
     status = 413
@@ -250,6 +284,12 @@ class StoreAway(Unavailable):
 class BundlesAway(Unavailable):
     code = "bundles_away"
     title = "The store of bundles does not answer"
+
+
+class AuditBroken(Unavailable):
+    code = "audit_broken"
+    title = "The audit log cannot be written"
+    retry_after_s = 5
 
 
 class NotReady(Unavailable):

@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, get_args
 
 import msgspec
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from policies.deployment import Deployment
@@ -18,10 +18,11 @@ from policies.errors import InvalidField, UnknownPolicy, UnknownVersion
 from safety.exploration import Exploration
 from safety.halt import KillSwitch
 from safety.marks import MAX_BYTES
-from service import access
-from service.access import Worker
+from service.access import BEARER, By, Guarded, Whoever, Worker
+from service.changes import Claim
 from service.runtime import Runtime
 from service.standing import PolicyState
+from service.tokens import NAME
 from service.upload import read_text, read_upload
 from service.views import deployment_view, exploration_view, halts_view, policy_view, version_line, version_view
 from service.wire import decode
@@ -33,9 +34,9 @@ class Halts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     on: list[KillSwitch]
 
 
-router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.admin)])
-BY = "admin"  # one token so far, so one name
+router = APIRouter(prefix="/admin", tags=["admin"], route_class=Guarded, dependencies=[BEARER])
 IfMatch = Annotated[str | None, Header(alias="If-Match")]
+Owner = Annotated[str | None, Query(pattern=NAME, description="Whose the rules are from now on; for admins alone")]
 Last = Annotated[int, Query(ge=1, le=100_000, description="How many of the newest decisions to look at")]
 _BUNDLE = {
     "requestBody": {
@@ -75,8 +76,9 @@ _DEPLOYMENT = {"requestBody": {"required": True, "content": {"application/json":
 
 
 @router.get("/policies", summary="What there is: policies, their versions, who decides")
-async def policies(worker: Worker) -> list[dict[str, Any]]:
-    return [policy_view(state) for _, state in sorted(worker.catalog.states.items()) if state.labels]
+async def policies(worker: Worker, caller: Whoever) -> list[dict[str, Any]]:
+    states = [state for name, state in sorted(worker.catalog.states.items()) if caller.reaches(name)]
+    return [policy_view(state) for state in states if state.labels]
 
 
 @router.get("/policies/{policy}", summary="One policy: its deployment, its versions")
@@ -94,9 +96,9 @@ async def deployment(policy: str, worker: Worker) -> JSONResponse:
 
 
 @router.put("/policies/{policy}/deployment", summary="Say which version decides, and how", openapi_extra=_DEPLOYMENT)
-async def deploy(policy: str, request: Request, worker: Worker, if_match: IfMatch = None) -> JSONResponse:
+async def deploy(policy: str, request: Request, worker: Worker, by: By, if_match: IfMatch = None) -> JSONResponse:
     body = await request.body()
-    state = await worker.changes.deploy(policy, decode(body, Deployment), _generation(if_match), BY)
+    state = await worker.changes.deploy(policy, decode(body, Deployment), _generation(if_match), by)
     return JSONResponse(policy_view(state), headers=_tag(state))
 
 
@@ -107,9 +109,9 @@ async def halts(policy: str, worker: Worker) -> JSONResponse:
 
 
 @router.put("/policies/{policy}/halts", summary="Say which kill switches are on", openapi_extra=_HALTS)
-async def halt(policy: str, request: Request, worker: Worker) -> JSONResponse:
+async def halt(policy: str, request: Request, worker: Worker, by: By) -> JSONResponse:
     wanted = decode(await request.body(), Halts)
-    state = await worker.changes.halt(policy, wanted.on, BY)
+    state = await worker.changes.halt(policy, wanted.on, by)
     return JSONResponse(halts_view(state), headers=_tag(state))
 
 
@@ -120,9 +122,9 @@ async def exploration(policy: str, worker: Worker) -> Response:
 
 
 @router.put("/policies/{policy}/exploration", summary="Say how a policy explores", openapi_extra=_EXPLORATION)
-async def explore(policy: str, request: Request, worker: Worker, if_match: IfMatch = None) -> Response:
+async def explore(policy: str, request: Request, worker: Worker, by: By, if_match: IfMatch = None) -> Response:
     wanted = decode(await request.body(), Exploration)
-    state = await worker.changes.explore(policy, wanted, _generation(if_match), BY)
+    state = await worker.changes.explore(policy, wanted, _generation(if_match), by)
     return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=_tag(state))
 
 
@@ -148,14 +150,14 @@ async def shadows(policy: str, worker: Worker) -> Response:
 
 
 @router.put("/policies/{policy}/shadows/{label}", summary="Let a version watch: it is shown decisions, and makes none")
-async def watch(policy: str, label: str, worker: Worker) -> JSONResponse:
-    state = await worker.changes.watch(policy, label, BY, watches=True)
+async def watch(policy: str, label: str, worker: Worker, by: By) -> JSONResponse:
+    state = await worker.changes.watch(policy, label, by, watches=True)
     return JSONResponse(policy_view(state), headers=_tag(state))
 
 
 @router.delete("/policies/{policy}/shadows/{label}", summary="Let a version watch no more")
-async def unwatch(policy: str, label: str, worker: Worker) -> JSONResponse:
-    state = await worker.changes.watch(policy, label, BY, watches=False)
+async def unwatch(policy: str, label: str, worker: Worker, by: By) -> JSONResponse:
+    state = await worker.changes.watch(policy, label, by, watches=False)
     return JSONResponse(policy_view(state), headers=_tag(state))
 
 
@@ -167,9 +169,13 @@ async def safety(policy: str, worker: Worker) -> Response:
 
 
 @router.put("/policies/{policy}/safety", summary="Replace the policy's safety.yaml", openapi_extra=_SAFETY)
-async def rule(policy: str, request: Request, worker: Worker, if_match: IfMatch = None) -> JSONResponse:
+async def rule(
+    policy: str, request: Request, worker: Worker, caller: Whoever, if_match: IfMatch = None, owner: Owner = None
+) -> JSONResponse:
+    """Rules belong to whose token set them first. Only an admin replaces another's, or gives them away."""
     source = await read_text(request.stream(), MAX_BYTES, worker.settings.body_timeout_s)
-    state = await worker.changes.rule(policy, source, _generation(if_match), BY)
+    claim = Claim(caller.owner, caller.role == "admin", owner)
+    state = await worker.changes.rule(policy, source, _generation(if_match), caller.name, claim)
     return JSONResponse(policy_view(state), headers=_tag(state))
 
 
@@ -189,8 +195,8 @@ async def rehearse(policy: str, request: Request, worker: Worker, last: Last = 1
 
 
 @router.post("/policies/{policy}/versions/{label}/rearm", summary="Close a version's breaker again, everywhere")
-async def rearm(policy: str, label: str, worker: Worker) -> Response:
-    state = await worker.changes.rearm(policy, label, BY)
+async def rearm(policy: str, label: str, worker: Worker, by: By) -> Response:
+    state = await worker.changes.rearm(policy, label, by)
     view = await version_view(state, label, worker.catalog.loading)
     return Response(msgspec.json.encode(view), media_type="application/json")
 
@@ -201,10 +207,10 @@ async def rearm(policy: str, label: str, worker: Worker) -> Response:
     summary="Push a version: a tar of its bundle, or a form with its files",
     openapi_extra=_BUNDLE,
 )
-async def push(policy: str, request: Request, worker: Worker) -> JSONResponse:
+async def push(policy: str, request: Request, worker: Worker, by: By) -> JSONResponse:
     kind = request.headers.get("content-type", "")
     files = await read_upload(kind, request.stream(), worker.settings.body_timeout_s)
-    pushed = await worker.changes.push(policy, files, BY)
+    pushed = await worker.changes.push(policy, files, by)
     body = version_line(pushed.state, pushed.version) | {"policy": policy, "warnings": pushed.warnings}
     where = f"/admin/policies/{policy}/versions/{pushed.version}"
     return JSONResponse(body, 201 if pushed.new else 200, {"Location": where})

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
@@ -18,8 +18,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from policies.errors import InvalidField, StoreAway, SurefootError
-from service import access, admin, openapi
-from service.access import Context, Worker
+from service import admin, admin_access, openapi
+from service.access import BEARER, Context, Guarded, Whoever, Worker
+from service.callers import Caller
 from service.decision import RewardRecord, decode_record, decode_reward_record
 from service.history import describe
 from service.problems import CONTENT_TYPE, problem
@@ -32,7 +33,7 @@ SHIPPING_PAUSE_S = 0.02
 
 
 health = APIRouter(prefix="/health", tags=["health"])
-views = APIRouter(dependencies=[Depends(access.client)])
+views = APIRouter(route_class=Guarded, dependencies=[BEARER])
 
 
 @health.get("/live", summary="Whether the process answers")
@@ -48,9 +49,9 @@ async def ready(worker: Worker) -> JSONResponse:
 
 
 @views.get("/v1/decisions/{decision_id}", tags=["decisions"], summary="A decision's record, its join, and why")
-async def decision(decision_id: str, worker: Worker) -> Response:
+async def decision(decision_id: str, worker: Worker, caller: Whoever) -> Response:
     """The whole record of a decision, where it stands in the join, and why it was what it was."""
-    stored = await _find(worker, decision_id)
+    stored = await _find(worker, decision_id, caller)
     body = describe(stored, decode_record(stored.record)) | {"join": _join(stored)}
     return Response(msgspec.json.encode(body), media_type="application/json")
 
@@ -61,7 +62,7 @@ async def metrics(worker: Worker) -> Response:
     return Response(generate_latest(worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: str) -> FastAPI:
+def build_api(state: dict[str, Runtime]) -> FastAPI:
     """Build the application. `state["runtime"]` is there once the worker has started."""
     app = FastAPI(
         title="Surefoot",
@@ -69,8 +70,8 @@ def build_api(state: dict[str, Runtime], client_token: str | None, admin_token: 
         summary="Online policy serving for reinforcement learning: safe actions, exact propensities, joined rewards.",
         redoc_url=None,
     )
-    app.state.context = Context(state, client_token, admin_token)
-    for router in (health, views, admin.router):
+    app.state.context = Context(state)
+    for router in (health, views, admin.router, admin_access.router):
         app.include_router(router)
     _handle_errors(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -84,9 +85,10 @@ def _durability(worker: Runtime) -> dict[str, Any]:
     return worker.watch.view() | {"recording": recording, "replication": None if acks is None else asdict(acks)}
 
 
-async def _find(worker: Runtime, decision_id: str) -> StoredDecision:
+async def _find(worker: Runtime, decision_id: str, caller: Caller) -> StoredDecision:
     """Read a decision from Redis; one that is still on its way there gets a moment to arrive."""
     identity, policy = worker.rewards.find(decision_id)
+    caller.confine(policy.policy)
     for _ in range(SHIPPING_TRIES):
         stored = await worker.streams.read_decision(policy.policy, identity.text)
         if stored is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import structlog
@@ -23,9 +22,7 @@ class App:
         self._settings = settings
         self._redis_url = redis_url
         self._state: dict[str, Runtime] = {}
-        client = settings.client_token.get_secret_value() if settings.client_token else None
-        admin = settings.admin_token.get_secret_value() if settings.admin_token else secrets.token_urlsafe(24)
-        self._api = build_api(self._state, client, admin)
+        self._api = build_api(self._state)
 
     @property
     def runtime(self) -> Runtime | None:

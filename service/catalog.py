@@ -20,9 +20,10 @@ import structlog
 from msgspec.structs import replace
 
 from policies.deployment import Deployment
-from policies.errors import BundleError, BundlesAway, StoreAway, SurefootError
+from policies.errors import AuditBroken, BundleError, BundlesAway, StoreAway, SurefootError
 from policies.store import Store, StoredPolicy, difference
 from safety.halt import KillSwitch
+from service.audit_log import SYSTEM, AuditLog, by_itself
 from service.clock import Clock
 from service.control import UNREADABLE, Control, Snapshot
 from service.loading import Loading
@@ -57,6 +58,7 @@ class Catalog:
         metrics: Metrics,
         clock: Clock,
         max_loaded: int,
+        audit: AuditLog | None = None,
     ) -> None:
         self.states = {seed.name: PolicyState(seed.name, seed, document_of(seed)) for seed in seeds}
         self.store, self.control, self.loading = store, control, loading
@@ -67,6 +69,7 @@ class Catalog:
         self._metrics = metrics
         self._clock = clock
         self._max_loaded = max_loaded
+        self._audit = audit
         self._turn = asyncio.Lock()
         self._read_s: float | None = None  # when Redis last told what is deployed
         self._shared_s = float("-inf")  # when the store last told which policies it has
@@ -99,13 +102,16 @@ class Catalog:
     async def converge(self) -> None:
         """Read what is deployed, and serve it. Does not raise for what may work later."""
         async with self._turn:
+            there = True
             try:
                 await self._read()
             except AWAY as error:
+                there = False
                 log.debug("deployments_not_read", reason=error.detail)
-            self._take_trips()
+            await self._take_trips()
             for state in self.states.values():
-                await self._agree(state)
+                if there:
+                    await self._agree(state)
                 self._safeguard(state)
                 await self._advance(state)
             known = {name: state.known for name, state in self.states.items() if state.known != Known()}
@@ -244,15 +250,19 @@ class Catalog:
             halts=tuple(sorted(state.halts)),
             tripped=tuple(sorted(state.tripped & state.labels)),
         )
-        with contextlib.suppress(StoreAway):  # the next reading shows what came of it
+        action = "trip" if state.tripped_here else "halt"
+        with contextlib.suppress(StoreAway), by_itself(action):  # the next reading shows what came of it
             await self.control.change(state.name, wanted, 0 if state.seeded is None else 1)
 
-    def _take_trips(self) -> None:
+    async def _take_trips(self) -> None:
         while self._trips:
             name, label = self._trips.pop()
             log.error("breaker_tripped", policy=name, version=label)
             self._metrics.breaker_trips.labels(name, label).inc()
             self.states[name].tripped_here |= {label}
+            if self._audit is not None:
+                with contextlib.suppress(AuditBroken):  # logged there; the breaker has opened whatever the disk says
+                    await self._audit.record(SYSTEM, "trip_here", name, label)
 
     def _renew(self, state: PolicyState) -> None:
         """Publish a plan when what is deployed, or what is loaded, has changed."""

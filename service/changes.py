@@ -27,6 +27,7 @@ from policies.bundle import PolicyBundle
 from policies.deployment import MOST_SHADOWS, Deployment
 from policies.errors import (
     BundleError,
+    Forbidden,
     GenerationMissing,
     GenerationMoved,
     InvalidField,
@@ -40,6 +41,7 @@ from policies.errors import (
 from policies.store import StoredVersion, difference, refs_of
 from safety.exploration import Exploration
 from safety.halt import KillSwitch
+from service.audit_log import by_itself, noted
 from service.catalog import AWAY, Catalog
 from service.clock import Clock
 from service.control import Going, Moved
@@ -60,6 +62,28 @@ class Pushed:
     new: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who replaces rules: whose token, whether an admin's, and to whom the admin gives them."""
+
+    owner: str
+    admin: bool = False
+    give_to: str | None = None
+
+    def next_owner(self, standing: str) -> str:
+        """Whose the rules are after this. Raises Forbidden for those of another owner."""
+        if self.admin:
+            return standing if self.give_to is None else self.give_to
+        if self.give_to not in (None, self.owner):
+            raise Forbidden("only an admin gives rules to another owner", "owner")
+        if standing not in ("", self.owner):
+            raise Forbidden(f"these rules are {standing!r}'s: only they, or an admin, replace them", "owner")
+        return self.owner
+
+
+NOBODY = Claim("")
+
+
 class Changes:
     """Changes of one worker's catalog, and through the store and Redis of all others'."""
 
@@ -76,6 +100,7 @@ class Changes:
                 raise InvalidField(f"the manifest says policy {bundle.policy!r}, the path says {policy!r}", "policy")
             state = await self._catalog.refresh(policy)
             new = await self._put(state, bundle, files, by)
+            noted().told(f"{bundle.version}", bundle.digest)
             if state.document is None:
                 await self._first(state, bundle.version, by)
             await self._catalog.converge()
@@ -169,16 +194,17 @@ class Changes:
                 return state
             await self._catalog.refresh(policy)
 
-    async def rule(self, policy: str, source: str, expected: int | None, by: str) -> PolicyState:
+    async def rule(self, policy: str, source: str, expected: int | None, by: str, claim: Claim = NOBODY) -> PolicyState:
         """Replace a policy's `safety.yaml`; an empty one removes all rules.
 
-        Raises SafetyError naming line, column and field; otherwise as `deploy`.
+        Raises SafetyError naming line, column and field; Forbidden for another owner's; otherwise as `deploy`.
         """
         state = await self._at(policy, expected)
         document = _document(state)
+        owner = claim.next_owner(document.safety_owner)
         if source:
             fitting_rules(source, [version.bundle for version in state.loaded.values()])
-        await self._set(state, replace(document, safety=source), by)
+        await self._set(state, replace(document, safety=source, safety_owner=owner), by)
         await self._catalog.converge()
         return state
 
@@ -232,7 +258,8 @@ class Changes:
     async def _first(self, state: PolicyState, label: str, by: str) -> None:
         """Deploy the first version of a new policy. Another push may have been faster, and that is well, too."""
         document = Document(1, Deployment(schema=1, policy=state.name, champion=label), self._clock.event_ms(), by)
-        await self._catalog.control.change(state.name, document, unwritten=0)
+        with by_itself("first_deployment"):
+            await self._catalog.control.change(state.name, document, unwritten=0)
 
     async def _at(self, policy: str, expected: int | None) -> PolicyState:
         """A policy as it is this moment, which must be at the generation that a change expects.

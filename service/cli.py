@@ -10,6 +10,7 @@ import structlog
 import typer
 
 from policies.errors import SurefootError
+from service.cli_access import audit, tokens
 from service.cli_policy import app as policies
 from service.cli_safety import app as safety
 from service.cli_streams import add_to as add_streams
@@ -19,8 +20,10 @@ from service.settings import PREFIX, Settings, load_settings
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Serve reinforcement-learning policies.")
 config = typer.Typer(no_args_is_help=True, help="Settings.")
 app.add_typer(config, name="config")
+app.add_typer(audit, name="audit")
 app.add_typer(policies, name="policy")
 app.add_typer(safety, name="safety")
+app.add_typer(tokens, name="token")
 app.add_typer(transitions, name="transitions")
 add_streams(transitions)
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from policies.errors import VersionLive
+from policies.errors import GenerationMoved, InvalidField, VersionLive
+from service.audit_log import AuditLog
 from service.redis_streams import POLICIES, RedisStreams, base
 from service.standing import Document, Known
 
@@ -87,8 +88,9 @@ class Going:
 class Control:
     """The documents of all policies."""
 
-    def __init__(self, streams: RedisStreams) -> None:
+    def __init__(self, streams: RedisStreams, audit: AuditLog | None = None) -> None:
         self._streams = streams
+        self._audit = audit
 
     async def read(self) -> dict[str, tuple[int, Document | None]]:
         """Give each policy's `rev` and document; UNREADABLE where a newer service wrote it. Raises StoreAway."""
@@ -109,9 +111,18 @@ class Control:
 
         unwritten: the generation of a policy without a document. Gives None when it is done. Raises StoreAway.
         """
+        raw, expected = msgspec.json.encode(document), document.generation - 1
+        if self._audit is None:
+            return await self._replace(policy, document, raw, unwritten)
+        async with self._audit.document(policy, expected, document.generation, sha256(raw).hexdigest()) as note:
+            refused = await self._replace(policy, document, raw, unwritten)
+            if refused is not None:
+                note.outcome = GenerationMoved.code if isinstance(refused, Moved) else InvalidField.code
+            return refused
+
+    async def _replace(self, policy: str, document: Document, raw: bytes, unwritten: int) -> Moved | Going | None:
         await self._streams.command("SADD", POLICIES, policy)
-        raw, labels = msgspec.json.encode(document), sorted(document.deployment.versions)
-        expected = document.generation - 1
+        labels, expected = sorted(document.deployment.versions), document.generation - 1
         reply = await self._streams.command("EVAL", CHANGE, 1, base(policy), expected, unwritten, raw, *labels)
         if not reply:
             return None

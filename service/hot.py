@@ -10,7 +10,6 @@ Promise: every error of the tree becomes problem+json here; anything else become
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +21,13 @@ from policies.errors import (
     MissingField,
     NotFinite,
     SurefootError,
-    Unauthorized,
     UnknownPolicy,
     WrongMethod,
 )
 from policies.types import ActionSpec, ObservationSpec
 from service.allowed import read_allowed
 from service.body import JSON, Disconnected, Scope, header, read_body, respond
+from service.callers import Caller, Callers
 from service.clock import Clock
 from service.coalesce import Coalescer
 from service.idempotency import Idempotency
@@ -36,6 +35,7 @@ from service.metrics import Metrics
 from service.plan import Outcome, Row
 from service.problems import CONTENT_TYPE, problem
 from service.rewards import Rewards
+from service.roles import Permission
 from service.states import StateReader
 from service.tracing import Tracing
 from service.wire import (
@@ -83,7 +83,7 @@ class HotRoutes:
         tracing: Tracing,
         clock: Clock,
         *,
-        token: str | None,
+        callers: Callers,
         max_body_bytes: int,
         body_timeout_s: float,
         max_batch: int,
@@ -94,26 +94,27 @@ class HotRoutes:
         self._metrics = metrics
         self._tracing = tracing
         self._clock = clock
-        self._token = token.encode() if token else None
+        self._callers = callers
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._max_batch = max_batch
-        routes: dict[str, Callable[[Scope, bytes], Awaitable[Reply]]] = {
-            "/act": self._act,
-            "/act/batch": self._act_batch,
-            "/reward": self._reward,
-            "/reward/batch": self._reward_batch,
+        routes: dict[str, tuple[Permission, Callable[[Scope, bytes, Caller], Awaitable[Reply]]]] = {
+            "/act": ("act", self._act),
+            "/act/batch": ("act", self._act_batch),
+            "/reward": ("reward", self._reward),
+            "/reward/batch": ("reward", self._reward_batch),
         }
         self.paths = {prefix + path: handle for path, handle in routes.items() for prefix in ("", "/v1")}
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answer one request on one of `paths`."""
         try:
-            self._authorise(scope)
+            permission, handle = self.paths[scope["path"]]
+            caller = self._callers.hot(scope, permission)
             if scope["method"] != "POST":
                 raise WrongMethod(f"{scope['path']} takes POST")
             body = await read_body(scope, receive, self._max_body_bytes, self._body_timeout_s)
-            status, answer, headers = await self.paths[scope["path"]](scope, body)
+            status, answer, headers = await handle(scope, body, caller)
             await respond(send, status, answer, JSON, headers)
         except Disconnected:
             return
@@ -122,13 +123,6 @@ class HotRoutes:
         except Exception:
             log.exception("request_failed", path=scope["path"])
             await self._refuse(scope, send, SurefootError("an unexpected error; it has been logged"))
-
-    def _authorise(self, scope: Scope) -> None:
-        if self._token is None:
-            return
-        given = (header(scope, b"authorization") or b"").removeprefix(b"Bearer ")
-        if not hmac.compare_digest(given, self._token):
-            raise Unauthorized("send the client token as `Authorization: Bearer …`")
 
     async def _refuse(self, scope: Scope, send: Any, error: SurefootError) -> None:
         self._metrics.problems.labels(error.code).inc()
@@ -142,10 +136,10 @@ class HotRoutes:
 
     # -- /act ---------------------------------------------------------------------------------------------------------
 
-    async def _act(self, scope: Scope, body: bytes) -> Reply:
+    async def _act(self, scope: Scope, body: bytes, caller: Caller) -> Reply:
         started_s = self._clock.monotonic_s()
         request = decode_act(body)
-        policy = self._find(request.policy)
+        policy = self._find(request.policy, caller)
         row = self._row(policy, request, self._tracing.parent(scope), started_s)
         key = header(scope, b"idempotency-key")
         if key is None:
@@ -160,14 +154,17 @@ class HotRoutes:
         self._metrics.version(outcome.policy, outcome.version).duration.observe(took_s)
         return 200, encode(outcome), self._tracing.decision(outcome, row, took_s)
 
-    def _find(self, name: str | None) -> Served:
+    def _find(self, name: str | None, caller: Caller) -> Served:
         if name is None:
             if len(self._policies) != 1:
-                raise MissingField(f"name one of: {', '.join(sorted(self._policies))}", "policy")
-            return next(iter(self._policies.values()))
+                reached = filter(caller.reaches, sorted(self._policies))
+                raise MissingField(f"name one of: {', '.join(reached)}", "policy")
+            name = next(iter(self._policies))
         found = self._policies.get(name)
         if found is None:
             raise UnknownPolicy(f"there is no policy {name!r}", "policy")
+        if caller.policies:
+            caller.confine(name)
         return found
 
     def _row(self, policy: Served, request: ActRequest, traceparent: str | None, arrived_s: float) -> Row:
@@ -191,10 +188,10 @@ class HotRoutes:
 
     # -- /act/batch ---------------------------------------------------------------------------------------------------
 
-    async def _act_batch(self, scope: Scope, body: bytes) -> Reply:
+    async def _act_batch(self, scope: Scope, body: bytes, caller: Caller) -> Reply:
         started_s = self._clock.monotonic_s()
         request = decode_act_batch(body)
-        policy = self._find(request.policy)
+        policy = self._find(request.policy, caller)
         rows = self._rows(policy, request, self._tracing.parent(scope), started_s)
         outcomes = await policy.coalescer.decide(rows)
         for outcome in outcomes:
@@ -240,12 +237,14 @@ class HotRoutes:
 
     # -- /reward ------------------------------------------------------------------------------------------------------
 
-    async def _reward(self, scope: Scope, body: bytes) -> Reply:
-        response = await self._rewards.reward(decode_reward(body), self._tracing.parent(scope))
+    async def _reward(self, scope: Scope, body: bytes, caller: Caller) -> Reply:
+        response = await self._rewards.reward(decode_reward(body), self._tracing.parent(scope), caller.policies)
         return 202, encode(response), ()
 
-    async def _reward_batch(self, scope: Scope, body: bytes) -> Reply:
-        response = await self._rewards.reward_batch(decode_reward_batch(body), self._tracing.parent(scope))
+    async def _reward_batch(self, scope: Scope, body: bytes, caller: Caller) -> Reply:
+        response = await self._rewards.reward_batch(
+            decode_reward_batch(body), self._tracing.parent(scope), caller.policies
+        )
         return 202, encode(response), ()
 
 

@@ -194,6 +194,11 @@ class Metrics:
         self.load_failures = self._counter(
             "version_load_failures", "Loads of a version that failed in this worker.", "policy"
         )
+        self.refused_callers = self._counter("refused_callers", "Callers that were not let in.", "reason")
+        self.audit_entries = self._counter("audit_entries", "Entries that this worker added to the audit log.")
+        self.audit_unchained = self._gauge("audit_unchained", "Entries on this disk that wait for their place.")
+        self.audit_stopped = self._gauge("audit_stopped", "Whether the audit log does not take entries any more.")
+        self.audit_faults = self._counter("audit_faults", "Audit logs found wrong: `file` or `fork`.", "kind")
         self.control_age = self._gauge("control_age_seconds", "Since deployments were last read from Redis.")
         self.shadows = ShadowMetrics(registry, SECONDS)
         self.info = Gauge(

@@ -1,4 +1,4 @@
-"""EDGE: the admin API as a command line calls it: push, list, promote and delete versions. By httpx.
+"""EDGE: the admin API as a command line calls it: versions, tokens, the audit log. By httpx.
 
 Duty: one function for each command; the answer as a dict, or an error of the tree in the service's own words. It knows
 no bundle format: files are sent as they are.
@@ -9,7 +9,7 @@ since the same content under the same label is the same version.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import httpx
@@ -19,6 +19,7 @@ from policies.errors import SurefootError
 # Trial of the bundle (up to a minute) and 256 MB over a slow line; connecting is another matter.
 TIMEOUT = httpx.Timeout(300.0, connect=5.0)
 
+PAGE = 1_000  # the most that the service gives at once
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # addresses to listen on, not to call
 
 
@@ -43,13 +44,13 @@ def push(files: Mapping[str, bytes], url: str | None = None, token: str | None =
 
     manifest = read_manifest(files.get(MANIFEST, b""))
     parts = [(name, (name, content, "application/octet-stream")) for name, content in files.items()]
-    response = _call("POST", f"/admin/policies/{manifest.policy}/versions", url, token, files=parts)
+    response = call("POST", f"/admin/policies/{manifest.policy}/versions", url, token, files=parts)
     return {**response.json(), "new": response.status_code == 201}
 
 
 def versions(policy: str, url: str | None = None, token: str | None = None) -> list[dict[str, Any]]:
     """List a policy's versions. Raises Refusal."""
-    found: list[dict[str, Any]] = _call("GET", f"/admin/policies/{policy}/versions", url, token).json()
+    found: list[dict[str, Any]] = call("GET", f"/admin/policies/{policy}/versions", url, token).json()
     return found
 
 
@@ -59,19 +60,19 @@ def promote(policy: str, version: str, url: str | None = None, token: str | None
     Raises Refusal, also when somebody else changed the deployment meanwhile.
     """
     path = f"/admin/policies/{policy}/deployment"
-    standing = _call("GET", path, url, token)
+    standing = call("GET", path, url, token)
     deployment = standing.json()
     deployment["champion"] = version
     deployment["challengers"] = [each for each in deployment["challengers"] if each["version"] != version]
     deployment["shadows"] = [each for each in deployment.get("shadows", ()) if each != version]
-    answer = _call("PUT", path, url, token, json=deployment, headers={"If-Match": standing.headers["etag"]})
+    answer = call("PUT", path, url, token, json=deployment, headers={"If-Match": standing.headers["etag"]})
     view: dict[str, Any] = answer.json()
     return view
 
 
 def delete(policy: str, version: str, url: str | None = None, token: str | None = None) -> dict[str, Any]:
     """Delete a version that is not live. Raises Refusal."""
-    _call("DELETE", f"/admin/policies/{policy}/versions/{version}", url, token)
+    call("DELETE", f"/admin/policies/{policy}/versions/{version}", url, token)
     return {"policy": policy, "version": version, "deleted": True}
 
 
@@ -81,7 +82,7 @@ def rehearse(policy: str, source: bytes, last: int, url: str | None = None, toke
     Raises Refusal, which names field, line and column of each fault.
     """
     options: dict[str, Any] = {"params": {"last": last}, "headers": {"Content-Type": "application/yaml"}}
-    found: dict[str, Any] = _call(
+    found: dict[str, Any] = call(
         "POST", f"/admin/policies/{policy}/safety/test", url, token, content=source, **options
     ).json()
     return found
@@ -92,10 +93,43 @@ def address() -> str:
     host = os.environ.get("SUREFOOT_HOST") or "127.0.0.1"
     if host in EVERYWHERE:
         host = "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{os.environ.get('SUREFOOT_PORT') or 8080}"
+    scheme = "https" if os.environ.get("SUREFOOT_TLS_CERT") else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{os.environ.get('SUREFOOT_PORT') or 8080}"
 
 
-def _call(method: str, path: str, url: str | None, token: str | None, **options: Any) -> httpx.Response:
+def tokens(url: str | None = None, token: str | None = None) -> list[dict[str, Any]]:
+    """List the tokens that stand. Raises Refusal."""
+    found: list[dict[str, Any]] = call("GET", "/admin/tokens", url, token).json()
+    return found
+
+
+def create_token(wanted: Mapping[str, Any], url: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """Make a token; its text stands in the answer under `token`, and nowhere else. Raises Refusal."""
+    made: dict[str, Any] = call("POST", "/admin/tokens", url, token, json=dict(wanted)).json()
+    return made
+
+
+def revoke_token(token_id: str, url: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """End a token. Raises Refusal."""
+    call("DELETE", f"/admin/tokens/{token_id}", url, token)
+    return {"id": token_id, "revoked": True}
+
+
+def audit(
+    url: str | None = None, token: str | None = None, policy: str | None = None, source: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Give the entries of the audit log, oldest first, page by page. Raises Refusal."""
+    after: int | None = 0
+    chosen = {"policy": policy, "source": source}
+    while after is not None:
+        asked = {name: value for name, value in chosen.items() if value} | {"after": after, "limit": PAGE}
+        page = call("GET", "/admin/audit", url, token, params=asked).json()
+        yield from page["entries"]
+        after = page["next"]
+
+
+def call(method: str, path: str, url: str | None, token: str | None, **options: Any) -> httpx.Response:
+    """Call a service as its settings here, or the options of the command, say. Raises Refusal."""
     base, token = (url or address()).rstrip("/"), token or os.environ.get("SUREFOOT_ADMIN_TOKEN")
     headers = options.pop("headers", {}) | ({"Authorization": f"Bearer {token}"} if token else {})
     try:

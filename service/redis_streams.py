@@ -14,6 +14,8 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:{policy}:idem:<digest>                        Idempotency-Key: claim, then answer
     sf:keyring                                       the signing keys, made once
     sf:policies                                      names of policies that were pushed or deployed at run time
+    sf:audit                                         what `audit_chain.py` keeps: the audit log, one for all policies
+    sf:tokens  tokens:used                           what `token_store.py` keeps: tokens by hash, when they were used
     sf:{policy}:versions  blob:<sha256>:<n>          what `redis_store.py` keeps: versions by label, files in pieces
     sf:{policy}:control  gone:<label>                what `control.py` keeps: the deployment; labels being deleted
     sf:{policy}:calibration                          what `calibration.py` keeps: the monitor's sums, its alarms

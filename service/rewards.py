@@ -11,12 +11,13 @@ lost, and the same reward may be sent again at any time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 from policies.errors import (
     DecisionExpired,
+    Forbidden,
     InvalidField,
     MissingField,
     RewardConflict,
@@ -91,28 +92,41 @@ class Rewards:
             raise DecisionExpired("this decision's record has expired", "decision_id")
         return decision, policy
 
-    async def reward(self, request: RewardRequest, traceparent: str | None = None) -> RewardResponse:
-        """Accept one reward. Raises what `find` raises, InvalidField, RewardConflict, LedgerFull or LedgerBroken."""
-        (response,) = await self._accept([self._check(request, traceparent)])
+    async def reward(
+        self, request: RewardRequest, traceparent: str | None = None, only: Collection[str] = ()
+    ) -> RewardResponse:
+        """Accept one reward. only: the policies that it may be for; empty: any.
+
+        Raises what `find` raises, InvalidField, Forbidden, RewardConflict, LedgerFull or LedgerBroken.
+        """
+        (response,) = await self._accept([self._check(request, traceparent, only)])
         if response.status == "conflict":
             raise RewardConflict(
                 "another reward stands for this decision under the same reward_id; use a new reward_id", "reward"
             )
         return response
 
-    async def reward_batch(self, request: RewardBatchRequest, traceparent: str | None = None) -> RewardBatchResponse:
+    async def reward_batch(
+        self, request: RewardBatchRequest, traceparent: str | None = None, only: Collection[str] = ()
+    ) -> RewardBatchResponse:
         """Accept rewards together. All are checked before any is kept; conflicts are reported one by one."""
         checked = []
         for index, each in enumerate(request.rewards):
             try:
-                checked.append(self._check(each, traceparent))
+                checked.append(self._check(each, traceparent, only))
             except SurefootError as error:
                 raise error.within(f"rewards[{index}]") from None
         if not checked:
             raise InvalidField("there must be at least one reward", "rewards")
         return RewardBatchResponse(await self._accept(checked))
 
-    def _check(self, request: RewardRequest, traceparent: str | None) -> _Checked:
+    def _check(self, request: RewardRequest, traceparent: str | None, only: Collection[str]) -> _Checked:
+        checked = self._read(request, traceparent)
+        if only and checked.policy.policy not in only:
+            raise Forbidden(f"this token is not for the policy {checked.policy.policy!r}", "policy")
+        return checked
+
+    def _read(self, request: RewardRequest, traceparent: str | None) -> _Checked:
         if request.episode is not None:
             if request.decision_id is not None:
                 raise InvalidField("a reward is for a decision or for an episode, not for both", "episode")

@@ -24,8 +24,10 @@ from policies.errors import ConfigError, InvalidField, NotReady
 from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
 from safety.breaker import Faults, Latency
+from service.admission import Admission, admit
 from service.burning import Burning
 from service.calibration import Calibrations
+from service.callers import Callers
 from service.catalog import Catalog
 from service.changes import Changes
 from service.clock import SystemClock
@@ -84,6 +86,8 @@ class Runtime:
     trimming: Trimming
     watch: StoreWatch
     shadows: Shadows
+    clock: SystemClock
+    admission: Admission
     draining: bool = False
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
 
@@ -160,6 +164,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         stack.callback(tracing.close)
         leases = Leases(streams, clock, lambda: uuid.uuid4().hex)
         stack.push_async_callback(leases.aclose)
+        admission = await admit(settings, streams, clock, metrics, stack)
         guarding = Guarding(streams, clock, leases)
         stack.push_async_callback(guarding.aclose)
         scores = ShadowStream(streams, metrics.shadows, settings.shadow_stream_keep)
@@ -174,7 +179,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         catalog = Catalog(
             seeds,
             store,
-            Control(streams),
+            Control(streams, admission.audit),
             Snapshot(settings.data_dir),
             loading,
             serving.publish,
@@ -183,12 +188,13 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             metrics,
             clock,
             settings.max_loaded,
+            admission.audit,
         )
         await catalog.start()
         rewards = _rewards(serving)
         idempotency = Idempotency(streams, settings.idempotency_ttl_s)
         stack.push_async_callback(idempotency.aclose)
-        hot = _hot_routes(serving, rewards, idempotency, tracing)
+        hot = _hot_routes(serving, rewards, idempotency, tracing, admission.callers)
         changes = Changes(catalog, clock)
         runtime = Runtime(
             settings,
@@ -210,6 +216,8 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             Trimming(streams, metrics, Rules.of(settings)),
             StoreWatch(streams, metrics, settings.durability, ledger.confirm),
             shadows,
+            clock,
+            admission,
         )
         async with _loops(runtime):
             await runtime.refresh_store()
@@ -255,7 +263,9 @@ def _rewards(serving: Serving) -> Rewards:
     )
 
 
-def _hot_routes(serving: Serving, rewards: Rewards, idempotency: Idempotency, tracing: Tracing) -> HotRoutes:
+def _hot_routes(
+    serving: Serving, rewards: Rewards, idempotency: Idempotency, tracing: Tracing, callers: Callers
+) -> HotRoutes:
     settings = serving.settings
     return HotRoutes(
         serving.policies,
@@ -264,7 +274,7 @@ def _hot_routes(serving: Serving, rewards: Rewards, idempotency: Idempotency, tr
         serving.metrics,
         tracing,
         serving.clock,
-        token=settings.client_token.get_secret_value() if settings.client_token else None,
+        callers=callers,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
         max_batch=settings.max_batch,
@@ -286,6 +296,8 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("shipper", runtime.shipper.run),
             ("probe", probe),
             ("catalog", runtime.catalog.run),
+            ("tokens", runtime.admission.follow_tokens),
+            ("audit", runtime.admission.chain.run),
             ("leases", runtime.leases.run),
             ("limits", runtime.guarding.run),
             ("calibration", lambda: runtime.calibrations.run(runtime.policies)),

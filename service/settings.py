@@ -71,6 +71,21 @@ class Settings(BaseSettings):
     client_token: SecretStr | None = Field(
         default=None, description="Bearer token for /act, /reward, /decisions and /metrics; required off loopback."
     )
+    # Reading a deployment takes about a millisecond of the event loop: a tenth of it at most, whoever asks.
+    admin_rate: float = Field(
+        100.0, gt=0, allow_inf_nan=False, description="Requests to /admin per second, of one token and of one address."
+    )
+    # A person mistypes a few times; NIST SP 800-63B (5.2.2) allows 100 failures in all.
+    auth_failures_per_minute: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="Wrong tokens per minute from one address; more get 429."
+    )
+    tls_cert: Path | None = Field(
+        default=None, description="PEM certificate with its chain; set, the service speaks HTTPS only."
+    )
+    tls_key: Path | None = Field(default=None, description="PEM private key of the certificate.")
+    tls_client_ca: Path | None = Field(
+        default=None, description="PEM authorities; set, callers need a certificate of one of them (mutual TLS)."
+    )
     allow_open: bool = Field(False, description="Serve without a client token on a non-loopback address.")
     keys: SecretStr | None = Field(
         default=None,
@@ -122,7 +137,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
-    @field_validator("data_dir", "policies", "bundle_key")
+    @field_validator("data_dir", "policies", "bundle_key", "tls_cert", "tls_key", "tls_client_ca")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path else None
@@ -167,6 +182,11 @@ def load_settings() -> Settings:
         first = error.errors(include_url=False)[0]
         field = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
         raise ConfigError(f"{field}: {first['msg']}", field) from None
+    if (settings.tls_cert is None) != (settings.tls_key is None) or (settings.tls_client_ca and not settings.tls_cert):
+        raise ConfigError(
+            "TLS needs SUREFOOT_TLS_CERT and SUREFOOT_TLS_KEY, both; SUREFOOT_TLS_CLIENT_CA goes with them",
+            "SUREFOOT_TLS_CERT",
+        )
     if not (settings.is_loopback or settings.client_token or settings.allow_open):
         raise ConfigError(
             f"{settings.host} can be reached from the network: set SUREFOOT_CLIENT_TOKEN, or SUREFOOT_ALLOW_OPEN=true "

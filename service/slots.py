@@ -50,7 +50,7 @@ class Slot:
 
 def take_slot(data_dir: Path) -> Slot:
     """Take the first free slot for a new worker, and begin its next epoch. Raises ConfigError when all are taken."""
-    host = _host_id(data_dir)
+    host = host_id(data_dir)
     for number in range(MAX_SLOTS):
         path = _slot_path(data_dir, number)
         fresh = not path.exists()
@@ -65,7 +65,7 @@ def hold_free_slot(data_dir: Path, number: int) -> Slot | None:
     """Lock a slot that nobody runs in, to ship what lies there. None: somebody runs in it, or it does not exist."""
     path = _slot_path(data_dir, number)
     lock = _try_lock(path) if path.is_dir() else None
-    return None if lock is None else Slot(path, number, f"{_host_id(data_dir)}.{number}", 0, lock)
+    return None if lock is None else Slot(path, number, f"{host_id(data_dir)}.{number}", 0, lock)
 
 
 def abandoned_slots(data_dir: Path) -> set[int]:
@@ -94,7 +94,7 @@ def _try_lock(path: Path) -> int | None:
     return lock
 
 
-def _host_id(data_dir: Path) -> str:
+def host_id(data_dir: Path) -> str:
     """Read this data directory's id, or make it. A link never overwrites, so racing workers agree on one."""
     path = data_dir / "producer"
     if not path.exists():

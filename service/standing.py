@@ -33,6 +33,7 @@ class Document(Struct, frozen=True):
     exploration: Exploration | None = None  # None: each version's own ε, without a budget
     halts: tuple[KillSwitch, ...] = ()  # kill switches that are on
     tripped: tuple[str, ...] = ()  # versions whose breaker an operator has to re-arm
+    safety_owner: str = ""  # whose rules they are: only this owner, or an admin, replaces them; empty: anybody's
 
 
 class SafetySide(NamedTuple):

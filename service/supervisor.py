@@ -22,6 +22,7 @@ import time
 import structlog
 
 from policies.errors import ConfigError
+from service import tls
 from service.settings import Settings
 from service.valkey import EmbeddedValkey
 
@@ -39,6 +40,7 @@ STARTUP_FAILURE = 3  # uvicorn's exit code when the lifespan could not start
 
 def serve(settings: Settings) -> int:
     """Serve until a signal says otherwise. Gives the exit code."""
+    tls.options(settings)  # a wrong file is told at once
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     stop = _Stop()
     valkey = EmbeddedValkey(settings.data_dir) if settings.redis_url is None else None
@@ -117,7 +119,8 @@ def _supervise(
     environment = _environment(settings)
     worker, first = _Worker(listener, redis_url, environment), True
     host, port = listener.getsockname()[:2]
-    log.info("listening", url=f"http://{host}:{port}", data_dir=str(settings.data_dir))
+    scheme = "https" if settings.tls_cert else "http"
+    log.info("listening", url=f"{scheme}://{host}:{port}", data_dir=str(settings.data_dir))
     code = 0
     while not stop.asked:
         stop.wait(TICK_S)

@@ -18,6 +18,7 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 
 from policies.errors import SurefootError
+from service import tls
 from service.app import App
 from service.logs import configure_logs
 from service.settings import Settings, load_settings
@@ -92,13 +93,21 @@ def _serve(settings: Settings, listener: socket.socket, parent: int, redis_url: 
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.grace_s)),
         backlog=2048,
+        **tls.options(settings),
     )
     server = Server(config, app, settings.drain_delay_s)
 
     async def serve() -> None:
         # Nothing is ever written to the pipe: it becomes readable when the parent's end closes.
         asyncio.get_running_loop().add_reader(parent, _once(parent, server.parent_died))
+        renewing = None
+        if settings.tls_cert is not None:
+            config.load()
+            assert config.ssl is not None
+            renewing = asyncio.create_task(tls.Renewal(settings, config.ssl).run())
         await server.serve([listener])
+        if renewing is not None:
+            renewing.cancel()
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(serve())

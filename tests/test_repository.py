@@ -16,7 +16,7 @@ from tests import files_table
 
 ROOT = Path(__file__).parent.parent
 PURE_IMPORTS = {
-    "__future__", "abc", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib", "hmac",
+    "__future__", "abc", "base64", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib", "hmac",
     "itertools", "json", "math", "re", "types", "typing", "msgspec", "numpy",
 }  # fmt: skip
 PACKAGES = {"policies", "safety", "shadow", "service", "surefoot"}
