@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,3 +130,12 @@ def test_each_kept_decision_stands_for_exactly_one_over_its_share() -> None:
     spread = np.std(errors) / np.sqrt(len(errors))
     assert abs(np.mean(errors)) < 4 * spread
     assert np.std(errors) > 0.02, "nothing was shed"
+
+
+def test_what_never_fits_is_dropped_whatever_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch beyond the bound, whose rows have the very lowest places: no share would thin it."""
+    monkeypatch.setattr("shadow.waiting.heights", lambda units: np.zeros(len(units)))
+    waiting = Waiting(most_rows=10)
+    assert waiting.put(many(11)) == 11
+    assert (waiting.rows, waiting.bytes) == (0, 0)
+    assert waiting.share < LEAST_SHARE
