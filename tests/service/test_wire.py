@@ -62,9 +62,9 @@ def test_the_other_routes_name_fields_too() -> None:
     with pytest.raises(InvalidField) as reward:
         wire.decode_reward(b'{"decision_id": "a", "reward": "1"}')
     assert reward.value.field == "reward"
-    with pytest.raises(MissingField) as batch:
-        wire.decode_reward_batch(b'{"rewards": [{"decision_id": "a", "reward": 1}, {"reward": 1}]}')
-    assert batch.value.field == "rewards[1].decision_id"
+    with pytest.raises(InvalidField) as batch:
+        wire.decode_reward_batch(b'{"rewards": [{"decision_id": "a", "reward": 1}, {"reward": "1"}]}')
+    assert batch.value.field == "rewards[1].reward"
     with pytest.raises(InvalidField) as act:
         wire.decode_act_batch(b'{"states": [[1]], "steps": ["a"]}')
     assert act.value.field == "steps[0]"
@@ -115,7 +115,10 @@ def test_a_problem_has_a_stable_code_and_names_the_field() -> None:
 
 def test_what_is_left_at_its_default_is_not_sent_but_null_is() -> None:
     sent = wire.encode(wire.RewardResponse("id", None, "joined"))
-    assert sent == b'{"decision_id":"id","reward_id":null,"status":"joined","duplicate":false}'
+    assert (
+        sent
+        == b'{"decision_id":"id","reward_id":null,"status":"joined","duplicate":false,"episode":null,"reward":null}'
+    )
     assert b"errors" not in wire.encode(problem(NoSafeAction("nothing left")))
 
 
