@@ -94,6 +94,7 @@ class Consumer(Generic[ItemT, ParcelT]):
         self._open = False
         self._own_after: bytes | None = b"0-0"  # None: nothing of ours is left to be delivered again
         self._claim_cursor, self._claim_at_s = b"0-0", clock()
+        self._claimed = False  # a round of claims has ended: what is new comes before the next
         self._trying: Backoff | None = None  # since when nothing was read, though Redis may have answered
         self._renew_at_s = clock() + terms.claim_idle_s / 3
         self._items: list[ItemT] = []
@@ -203,7 +204,9 @@ class Consumer(Generic[ItemT, ParcelT]):
             return found
         if self._in_flight and self._clock() >= self._renew_at_s:
             yield from self._renew()
-        found = yield from (self._claim(room) if self._clock() >= self._claim_at_s else self._group.new(room))
+        claims = self._clock() >= self._claim_at_s and not self._claimed
+        found = yield from (self._claim(room) if claims else self._group.new(room))
+        self._claimed = claims and self._claim_cursor == b"0-0"
         self._trying = None
         return found
 
