@@ -131,7 +131,16 @@ class Unauthorized(ApiError):
 class Unavailable(ApiError):
     """The service cannot do this now; nothing was kept."""
 
-    codes = ("unavailable", "ledger_full", "ledger_broken", "store_away", "bundles_away", "not_ready", "unconfirmed")
+    codes = (
+        "unavailable",
+        "ledger_full",
+        "ledger_broken",
+        "audit_broken",
+        "store_away",
+        "bundles_away",
+        "not_ready",
+        "unconfirmed",
+    )
 
 
 class Unreachable(SurefootError):
