@@ -22,6 +22,7 @@
     │   ├── NoSafeAction     409     nothing is allowed and the policy declares `fallback: none`
     │   ├── KeyReused        422     an Idempotency-Key came back with another body
     │   ├── KeyInUse         409     the first request with this Idempotency-Key is still running
+    │   ├── MoveRefused      409     a rollout cannot make this move from where it stands
     │   ├── Unauthorized     401     no token, or not a valid one
     │   ├── Forbidden        403     the token's role or policies do not reach so far
     │   ├── TooMany          429     more requests, or more failed ones, than are taken (Retry-After)
@@ -148,6 +149,12 @@ class GenerationMissing(RequestError):
     code = "generation_missing"
     status = 428
     title = "If-Match is required"
+
+
+class MoveRefused(RequestError):
+    code = "move_refused"
+    status = 409
+    title = "The rollout cannot make this move"
 
 
 class UnsupportedMedia(RequestError):

@@ -23,7 +23,7 @@ from policies.deployment import DEPLOYMENT, Deployment, default_deployment, read
 from policies.errors import BundleError, ConfigError
 
 BUNDLED = Path(__file__).parent / "bundles"
-SAFETY, EXPLORATION = DOCUMENTS = "safety.yaml", "exploration.yaml"
+SAFETY, EXPLORATION, ROLLOUT = DOCUMENTS = "safety.yaml", "exploration.yaml", "rollout.yaml"
 Read = Callable[[Mapping[str, bytes]], PolicyBundle]
 
 

@@ -199,11 +199,11 @@ class Decider:
         ]
 
     def _assign(self, plan: Plan, row: Row, decision_id: str) -> Assignment:
-        """Route a row; an episode stays with the version that it began on while that is loaded."""
+        """Route a row; an episode stays with the version that it began on while that may decide."""
         if row.episode is None:
             return assign(plan.routes, unit_of(plan.routes.route_by, row.key, None, decision_id))
         pin = self.pins.get(row.episode)
-        if pin is None or pin.version not in plan.versions:
+        if pin is None or pin.version not in plan.versions or pin.version in plan.barred:
             pin = assign(plan.routes, unit_of(plan.routes.route_by, row.key, row.episode, decision_id))
             self.pins.put(row.episode, pin)
         return pin

@@ -83,54 +83,54 @@ async def policies(worker: Worker, caller: Whoever) -> list[dict[str, Any]]:
 
 @router.get("/policies/{policy}", summary="One policy: its deployment, its versions")
 async def policy(policy: str, worker: Worker) -> JSONResponse:
-    state = _find(worker, policy)
-    return JSONResponse(policy_view(state), headers=_tag(state))
+    state = find(worker, policy)
+    return JSONResponse(policy_view(state), headers=tag(state))
 
 
 @router.get("/policies/{policy}/deployment", summary="How a policy is deployed; its ETag is what a change must name")
 async def deployment(policy: str, worker: Worker) -> JSONResponse:
-    state = _find(worker, policy)
+    state = find(worker, policy)
     if state.document is None:
         raise UnknownPolicy(f"{policy!r} has versions but is not deployed", "policy")
-    return JSONResponse(deployment_view(state.document), headers=_tag(state))
+    return JSONResponse(deployment_view(state.document), headers=tag(state))
 
 
 @router.put("/policies/{policy}/deployment", summary="Say which version decides, and how", openapi_extra=_DEPLOYMENT)
 async def deploy(policy: str, request: Request, worker: Worker, by: By, if_match: IfMatch = None) -> JSONResponse:
     body = await request.body()
-    state = await worker.changes.deploy(policy, decode(body, Deployment), _generation(if_match), by)
-    return JSONResponse(policy_view(state), headers=_tag(state))
+    state = await worker.changes.deploy(policy, decode(body, Deployment), generation_of(if_match), by)
+    return JSONResponse(policy_view(state), headers=tag(state))
 
 
 @router.get("/policies/{policy}/halts", summary="Which kill switches are on")
 async def halts(policy: str, worker: Worker) -> JSONResponse:
-    state = _find(worker, policy)
-    return JSONResponse(halts_view(state), headers=_tag(state))
+    state = find(worker, policy)
+    return JSONResponse(halts_view(state), headers=tag(state))
 
 
 @router.put("/policies/{policy}/halts", summary="Say which kill switches are on", openapi_extra=_HALTS)
 async def halt(policy: str, request: Request, worker: Worker, by: By) -> JSONResponse:
     wanted = decode(await request.body(), Halts)
     state = await worker.changes.halt(policy, wanted.on, by)
-    return JSONResponse(halts_view(state), headers=_tag(state))
+    return JSONResponse(halts_view(state), headers=tag(state))
 
 
 @router.get("/policies/{policy}/exploration", summary="How a policy explores, and its budgets")
 async def exploration(policy: str, worker: Worker) -> Response:
-    state = _find(worker, policy)
-    return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=_tag(state))
+    state = find(worker, policy)
+    return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=tag(state))
 
 
 @router.put("/policies/{policy}/exploration", summary="Say how a policy explores", openapi_extra=_EXPLORATION)
 async def explore(policy: str, request: Request, worker: Worker, by: By, if_match: IfMatch = None) -> Response:
     wanted = decode(await request.body(), Exploration)
-    state = await worker.changes.explore(policy, wanted, _generation(if_match), by)
-    return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=_tag(state))
+    state = await worker.changes.explore(policy, wanted, generation_of(if_match), by)
+    return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=tag(state))
 
 
 @router.get("/policies/{policy}/calibration", summary="Whether recorded probabilities are the true ones")
 async def calibration(policy: str, worker: Worker) -> Response:
-    found = await worker.calibrations.view(_find(worker, policy).name)
+    found = await worker.calibrations.view(find(worker, policy).name)
     return Response(msgspec.json.encode(found), media_type="application/json")
 
 
@@ -138,34 +138,34 @@ async def calibration(policy: str, worker: Worker) -> Response:
     "/policies/{policy}/calibration", status_code=204, summary="Forget its alarms and sums: the fault is mended"
 )
 async def recalibrate(policy: str, worker: Worker) -> Response:
-    await worker.calibrations.anew(_find(worker, policy).name)
+    await worker.calibrations.anew(find(worker, policy).name)
     return Response(status_code=204)
 
 
 @router.get("/policies/{policy}/shadows", summary="What this replica's shadows have come to")
 async def shadows(policy: str, worker: Worker) -> Response:
-    state = _find(worker, policy)
+    state = find(worker, policy)
     found = {"policy": policy, "shadows": state.shadows, "here": worker.shadows.view(policy)}
-    return Response(msgspec.json.encode(found), media_type="application/json", headers=_tag(state))
+    return Response(msgspec.json.encode(found), media_type="application/json", headers=tag(state))
 
 
 @router.put("/policies/{policy}/shadows/{label}", summary="Let a version watch: it is shown decisions, and makes none")
 async def watch(policy: str, label: str, worker: Worker, by: By) -> JSONResponse:
     state = await worker.changes.watch(policy, label, by, watches=True)
-    return JSONResponse(policy_view(state), headers=_tag(state))
+    return JSONResponse(policy_view(state), headers=tag(state))
 
 
 @router.delete("/policies/{policy}/shadows/{label}", summary="Let a version watch no more")
 async def unwatch(policy: str, label: str, worker: Worker, by: By) -> JSONResponse:
     state = await worker.changes.watch(policy, label, by, watches=False)
-    return JSONResponse(policy_view(state), headers=_tag(state))
+    return JSONResponse(policy_view(state), headers=tag(state))
 
 
 @router.get("/policies/{policy}/safety", summary="The policy's safety.yaml; empty: it has no rules")
 async def safety(policy: str, worker: Worker) -> Response:
-    state = _find(worker, policy)
+    state = find(worker, policy)
     source = "" if state.document is None else state.document.safety
-    return Response(source, media_type="application/yaml", headers=_tag(state))
+    return Response(source, media_type="application/yaml", headers=tag(state))
 
 
 @router.put("/policies/{policy}/safety", summary="Replace the policy's safety.yaml", openapi_extra=_SAFETY)
@@ -175,8 +175,8 @@ async def rule(
     """Rules belong to whose token set them first. Only an admin replaces another's, or gives them away."""
     source = await read_text(request.stream(), MAX_BYTES, worker.settings.body_timeout_s)
     claim = Claim(caller.owner, caller.role == "admin", owner)
-    state = await worker.changes.rule(policy, source, _generation(if_match), caller.name, claim)
-    return JSONResponse(policy_view(state), headers=_tag(state))
+    state = await worker.changes.rule(policy, source, generation_of(if_match), caller.name, claim)
+    return JSONResponse(policy_view(state), headers=tag(state))
 
 
 @router.post(
@@ -186,7 +186,7 @@ async def rule(
 )
 async def rehearse(policy: str, request: Request, worker: Worker, last: Last = 1_000) -> Response:
     source = await read_text(request.stream(), MAX_BYTES, worker.settings.body_timeout_s)
-    state, served = _find(worker, policy), worker.policies.get(policy)
+    state, served = find(worker, policy), worker.policies.get(policy)
     if state.document is None or served is None:
         raise UnknownPolicy(f"{policy!r} has versions but is not deployed", "policy")
     plan = served.coalescer.decider.plan
@@ -218,13 +218,13 @@ async def push(policy: str, request: Request, worker: Worker, by: By) -> JSONRes
 
 @router.get("/policies/{policy}/versions", summary="All versions of a policy")
 async def versions(policy: str, worker: Worker) -> list[dict[str, Any]]:
-    state = _find(worker, policy)
+    state = find(worker, policy)
     return [version_line(state, label) for label in sorted(state.labels)]
 
 
 @router.get("/policies/{policy}/versions/{label}", summary="One version: manifest, spaces, where it runs, its role")
 async def version(policy: str, label: str, worker: Worker) -> Response:
-    state = _find(worker, policy)
+    state = find(worker, policy)
     if label not in state.labels:
         raise UnknownVersion(f"there is no version {policy}/{label}", "version")
     view = await version_view(state, label, worker.catalog.loading)
@@ -237,18 +237,21 @@ async def delete(policy: str, label: str, worker: Worker) -> Response:
     return Response(status_code=204)
 
 
-def _find(worker: Runtime, policy: str) -> PolicyState:
+def find(worker: Runtime, policy: str) -> PolicyState:
+    """A policy that has versions. Raises UnknownPolicy."""
     state = worker.catalog.states.get(policy)
     if state is None or not state.labels:
         raise UnknownPolicy(f"there is no policy {policy!r}", "policy")
     return state
 
 
-def _tag(state: PolicyState) -> dict[str, str]:
+def tag(state: PolicyState) -> dict[str, str]:
+    """The header that tells a policy's generation."""
     return {"ETag": f'"{state.generation}"'}
 
 
-def _generation(if_match: str | None) -> int | None:
+def generation_of(if_match: str | None) -> int | None:
+    """The generation that a change names. Raises InvalidField."""
     if if_match is None:
         return None
     found = re.fullmatch(r'"?(\d{1,15})"?', if_match.strip())

@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from policies.errors import InvalidField, StoreAway, SurefootError
-from service import admin, admin_access, openapi
+from service import admin, admin_access, admin_rollout, openapi
 from service.access import BEARER, Context, Guarded, Whoever, Worker
 from service.callers import Caller
 from service.decision import RewardRecord, decode_record, decode_reward_record
@@ -71,7 +71,7 @@ def build_api(state: dict[str, Runtime]) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = Context(state)
-    for router in (health, views, admin.router, admin_access.router):
+    for router in (health, views, admin.router, admin_access.router, admin_rollout.router):
         app.include_router(router)
     _handle_errors(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]

@@ -67,7 +67,8 @@ class Note:
 
 
 _noting: ContextVar[Note | None] = ContextVar("audit_note", default=None)
-_itself: ContextVar[str] = ContextVar("audit_action", default="change")  # what the service does where nobody asked
+# What the service does where nobody asked, and what it is about.
+_itself: ContextVar[tuple[str, str]] = ContextVar("audit_action", default=("change", ""))
 
 
 class AuditLog:
@@ -129,7 +130,8 @@ class AuditLog:
             if not note.outcome:
                 asked.moved(before, after, digest)
             return
-        async with self.change(SYSTEM, _itself.get(), policy, urgent=True) as note:
+        action, subject = _itself.get()
+        async with self.change(SYSTEM, action, policy, subject, urgent=True) as note:
             yield note
             if not note.outcome:
                 note.moved(before, after, digest)
@@ -236,9 +238,9 @@ def noted() -> Note:
 
 
 @contextlib.contextmanager
-def by_itself(action: str) -> Iterator[None]:
+def by_itself(action: str, subject: str = "") -> Iterator[None]:
     """Mark what is done here as the service's own, whoever's request it is done in; name it for the log."""
-    note, named = _noting.set(None), _itself.set(action)
+    note, named = _noting.set(None), _itself.set((action, subject))
     try:
         yield
     finally:

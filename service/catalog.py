@@ -29,6 +29,7 @@ from service.control import UNREADABLE, Control, Snapshot
 from service.loading import Loading
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan
+from service.rolling import after_trips
 from service.safeguards import document_of
 from service.serving import plan_of
 from service.standing import Document, Failure, Known, PolicyState, SafetySide, standby, watching
@@ -244,13 +245,11 @@ class Catalog:
         if state.halts <= frozenset(document.halts) and state.tripped <= frozenset(document.tripped):
             state.halted_here, state.tripped_here = frozenset(), frozenset()
             return
-        wanted = replace(
-            document,
-            generation=document.generation + 1,
-            halts=tuple(sorted(state.halts)),
-            tripped=tuple(sorted(state.tripped & state.labels)),
-        )
-        action = "trip" if state.tripped_here else "halt"
+        told = replace(document, halts=tuple(sorted(state.halts)), tripped=tuple(sorted(state.tripped & state.labels)))
+        now_ms = self._clock.event_ms()
+        back = after_trips(told, lambda label: state.digest(label) or "", now_ms)
+        wanted = replace(back or told, generation=document.generation + 1)
+        action = "roll_back" if back else "trip" if state.tripped_here else "halt"
         with contextlib.suppress(StoreAway), by_itself(action):  # the next reading shows what came of it
             await self.control.change(state.name, wanted, 0 if state.seeded is None else 1)
 
@@ -274,7 +273,7 @@ class Catalog:
 
     def _serve(self, state: PolicyState, document: Document) -> None:
         deployment = document.deployment
-        self._publish(plan_of(state.name, document.generation, deployment, state.loaded), deployment)
+        self._publish(plan_of(state.name, document, state.loaded), deployment)
         if document != state.served:
             log.info("deployed", policy=state.name, generation=document.generation, champion=deployment.champion)
         state.served, state.published = document, state.digests

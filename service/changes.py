@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -46,6 +46,7 @@ from service.catalog import AWAY, Catalog
 from service.clock import Clock
 from service.control import Going, Moved
 from service.gate import warnings_of
+from service.rolling import redeployed
 from service.safeguards import fitting_rules
 from service.scalar import Scalar
 from service.standing import Document, PolicyState
@@ -123,9 +124,34 @@ class Changes:
                 raise InvalidField(f"{policy} has no version {label!r}", at)
             await self._catalog.require(state, label)
         standing = state.document or Document(0, wanted, 0, by)
-        await self._set(state, replace(standing, deployment=wanted), by)
+        await self._set(state, redeployed(standing, wanted, self._clock.event_ms()), by)
         await self._catalog.converge()
         return state
+
+    async def amend(
+        self, policy: str, expected: int | None, change: Callable[[PolicyState, Document], Document], by: str
+    ) -> PolicyState:
+        """Make the next control document of the one that stands. expected: the only generation it may stand at; None:
+        whichever, and tried again while others are faster.
+
+        Raises what `change` does; UnknownPolicy, GenerationMoved, StoreAway or BundlesAway.
+        """
+        while True:
+            state = await self._catalog.refresh(policy)
+            document = _document(state)
+            if expected is not None and expected != document.generation:
+                raise _moved(document.generation, expected)
+            wanted = change(state, document)
+            for label in wanted.deployment.deciding:
+                await self._catalog.require(state, label)
+            try:
+                await self._set(state, wanted, by)
+            except GenerationMoved:
+                if expected is not None:
+                    raise
+                continue
+            await self._catalog.converge()
+            return state
 
     async def halt(self, policy: str, switches: Collection[KillSwitch], by: str) -> PolicyState:
         """Say which kill switches are on. A switch that is thrown works here before Redis is told, and also when it
@@ -188,8 +214,9 @@ class Changes:
             if not watches and others == document.deployment.shadows:
                 return state
             wanted = _watched_by(document.deployment, [*others, label] if watches else others)
+            changed = redeployed(document, wanted, self._clock.event_ms())
             with contextlib.suppress(GenerationMoved):
-                await self._set(state, replace(document, deployment=wanted), by)
+                await self._set(state, changed, by)
                 await self._catalog.converge()
                 return state
             await self._catalog.refresh(policy)

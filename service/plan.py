@@ -88,6 +88,7 @@ class Plan:
     observation: ObservationSpec
     action: ActionSpec
     baseline: str | None = None
+    barred: frozenset[str] = frozenset()  # versions that no episode stays on
     recurrent: bool = field(init=False)  # a version that decides remembers episodes, so rows must name theirs
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ from service.hot import HotRoutes, Served
 from service.idempotency import Idempotency
 from service.ids import Keyring
 from service.keys import obtain_keyring
+from service.leader import Leader
 from service.leases import Leases
 from service.ledger import Ledger
 from service.loading import Loading
@@ -46,6 +47,8 @@ from service.redis_store import RedisStore
 from service.redis_streams import JoinConfig, RedisStreams, connect
 from service.rehearsal import Rehearsal
 from service.rewards import Rewards
+from service.rollout_changes import RolloutChanges
+from service.rollouts import Rollouts
 from service.scalar import Scalar
 from service.serving import Serving
 from service.settings import Settings
@@ -88,6 +91,8 @@ class Runtime:
     shadows: Shadows
     clock: SystemClock
     admission: Admission
+    rollouts: Rollouts
+    rollout_changes: RolloutChanges
     draining: bool = False
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
 
@@ -218,10 +223,16 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             shadows,
             clock,
             admission,
+            Rollouts(streams, Leader(streams), catalog, changes, clock, _no_gate),
+            RolloutChanges(changes, clock),
         )
         async with _loops(runtime):
             await runtime.refresh_store()
             yield runtime
+
+
+async def _no_gate(policy: str, label: str) -> None:
+    return None
 
 
 def read_seeds(settings: Settings, gate: Gate) -> list[StoredPolicy]:
@@ -303,6 +314,7 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("calibration", lambda: runtime.calibrations.run(runtime.policies)),
             ("burning", lambda: runtime.burning.run(runtime.guarding.burn_limits)),
             ("shadows", runtime.shadows.stream.run),
+            ("rollouts", runtime.rollouts.run),
             ("trimming", lambda: runtime.trimming.run(runtime.policies)),
         )
     ]

@@ -12,11 +12,12 @@ import yaml
 
 from policies.bundle import PolicyBundle
 from policies.errors import ConfigError, InvalidField, SurefootError
-from policies.store import EXPLORATION, SAFETY, StoredPolicy
+from policies.store import EXPLORATION, ROLLOUT, SAFETY, StoredPolicy
 from safety.document import RuleSet, bind, read_rules
 from safety.exploration import Exploration, parse_exploration
 from service.ruling import Ruling
 from service.standing import Document
+from shadow.rollout_plan import RolloutPlan, read_plan
 
 
 def fitting_rules(source: str, bundles: Sequence[PolicyBundle]) -> RuleSet:
@@ -40,7 +41,12 @@ def fitting_rules(source: str, bundles: Sequence[PolicyBundle]) -> RuleSet:
 
 def document_of(seed: StoredPolicy) -> Document:
     """How a directory deploys a policy, at generation 1. Raises ConfigError naming file and field."""
-    return Document(1, seed.deployment, 0, "directory", _safety(seed), _exploration(seed))
+    return Document(1, seed.deployment, 0, "directory", _safety(seed), _exploration(seed), rollout=_rollout(seed))
+
+
+def _rollout(seed: StoredPolicy) -> RolloutPlan | None:
+    raw = seed.documents.get(ROLLOUT)
+    return None if raw is None else read_plan(raw, f"{seed.name}/{ROLLOUT}")
 
 
 def _safety(seed: StoredPolicy) -> str:

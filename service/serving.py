@@ -32,11 +32,12 @@ from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan
 from service.redis_streams import JoinConfig, RedisStreams
 from service.reward_events import Rewarded
+from service.rolling import barred, salt_of
 from service.scalar import Scalar
 from service.settings import Settings
 from service.shadows import Shadows
 from service.shipper import Shipper
-from service.standing import SafetySide
+from service.standing import Document, SafetySide
 from service.states import StateReader
 
 DAY_MS = 86_400_000
@@ -146,16 +147,17 @@ class Serving:
         self._listed[name] = now
 
 
-def plan_of(policy: str, generation: int, deployment: Deployment, versions: Mapping[str, LoadedVersion]) -> Plan:
-    """Build the plan for a deployment whose versions are all among those that are loaded."""
+def plan_of(policy: str, document: Document, versions: Mapping[str, LoadedVersion]) -> Plan:
+    """Build the plan for a document whose versions are all among those that are loaded."""
+    deployment = document.deployment
     challenger = deployment.challengers[0] if deployment.challengers else None
     champion = versions[deployment.champion].bundle
     return Plan(
         policy=policy,
         digest=policy_digest(policy),
-        generation=generation,
+        generation=document.generation,
         routes=Routes(
-            salt=policy_digest(policy),
+            salt=salt_of(document, policy_digest(policy)),
             champion=deployment.champion,
             challenger=challenger.version if challenger else None,
             weight=challenger.weight if challenger else 0.0,
@@ -166,4 +168,5 @@ def plan_of(policy: str, generation: int, deployment: Deployment, versions: Mapp
         observation=champion.observation,
         action=champion.action,
         baseline=deployment.baseline,
+        barred=barred(document),
     )

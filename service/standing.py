@@ -12,28 +12,11 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from policies.bundle import PolicyBundle
-from policies.deployment import Deployment
 from policies.store import StoredPolicy, StoredVersion
 from safety.exploration import Exploration
 from safety.halt import KillSwitch
+from service.document import Document as Document
 from service.plan import LoadedVersion
-
-
-class Document(Struct, frozen=True):
-    """A policy's control state: how it is deployed, what is safe, what may be explored; since when, by whom.
-
-    Invariant: generation grows by one with each change, of whichever part.
-    """
-
-    generation: int
-    deployment: Deployment
-    changed_at_ms: int
-    changed_by: str
-    safety: str = ""  # `safety.yaml` as it was sent; empty: no rules
-    exploration: Exploration | None = None  # None: each version's own ε, without a budget
-    halts: tuple[KillSwitch, ...] = ()  # kill switches that are on
-    tripped: tuple[str, ...] = ()  # versions whose breaker an operator has to re-arm
-    safety_owner: str = ""  # whose rules they are: only this owner, or an admin, replaces them; empty: anybody's
 
 
 class SafetySide(NamedTuple):

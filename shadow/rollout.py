@@ -12,16 +12,13 @@ done waits as a proposal.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
-from shadow.verdicts import Action, Verdict
-
-Share = Annotated[float, Meta(gt=0, lt=1)]
-Seconds = Annotated[float, Meta(ge=0)]
-Mode = Literal["auto", "manual"]
+from shadow.rollout_plan import RolloutPlan as RolloutPlan
+from shadow.verdicts import Verdict
 
 
 class Stage(StrEnum):
@@ -81,48 +78,25 @@ def diagram() -> str:
     return "\n".join(lines)
 
 
-class GuardPlan(Struct, forbid_unknown_fields=True, frozen=True):
-    """One guard: how much worse a version may be, and what happens when it is worse than that."""
-
-    margin: Annotated[float, Meta(ge=0)]
-    action: Action = "rollback"
-    must_prove: bool = False
-
-
-class RolloutPlan(Struct, forbid_unknown_fields=True, frozen=True):
-    """How versions of a policy are rolled out. Defaults: the design's steps and α; an hour for each step."""
-
-    objective: Literal["episode", "step"] = "step"
-    return_range: tuple[float, float] = (0.0, 1.0)  # of a unit's value
-    steps: Annotated[tuple[Share, ...], Meta(min_length=1, max_length=32)] = (0.01, 0.05, 0.1, 0.25, 0.5)
-    shadow: bool = True  # watch first, and pass the gate
-    mode: Mode = "auto"
-    hold_s: Seconds = 3_600.0  # a step lasts this long at least: less would not see a day's hours
-    min_units: Annotated[int, Meta(ge=1)] = 30  # of the challenger, in each step
-    max_duration_s: Seconds = 7 * 86_400.0  # of a step: then it waits for a person
-    unit_time_s: Annotated[float, Meta(gt=0)] = 600.0
-    unit_decisions: Annotated[int, Meta(ge=1)] = 100
-    alpha: Share = 0.01
-    guards: dict[str, GuardPlan] = msgspec.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        low, high = self.return_range
-        if not low < high:
-            raise ValueError("rollout.return_range: low must be below high")
-        if any(one >= two for one, two in zip(self.steps, self.steps[1:], strict=False)):
-            raise ValueError("rollout.steps must rise")
-        if self.max_duration_s < self.hold_s:
-            raise ValueError("rollout.max_duration_s is below rollout.hold_s")
-
-
 class Standing(Struct, frozen=True):
-    """Where a version's rollout stands; part of the policy's control document."""
+    """Where a version's rollout stands; part of the policy's control document. `plan` is the one it began with.
+
+    Invariant: in the canary `floor < weight`, but where a person has lowered the weight: then nothing is measured.
+    """
 
     id: str  # salts routing, so that each rollout meets other keys
     version: str
+    champion: str  # what it is held against
     stage: Stage
+    plan: RolloutPlan
+    returns: tuple[float, float] = (0.0, 1.0)  # range of a unit's value
+    margin: float = 0.0  # of the return, for this rollout
     step: int = 0  # of the plan's steps, in the canary
+    weight: float = 0.0  # the share of units that the version decides
+    floor: float = 0.0  # the largest weight that it had before, in this rollout: keys below it are not dealt anew
+    place: int = 0  # steps begun before this one: its place in α
     since_ms: int = 0  # of the stage or step
+    generation: int = 0  # the first control state of the stage or step
     paused: str = ""  # why nothing moves by itself; empty: it does
     proposal: Move | None = None  # what waits for a person
     reason: str = ""  # of the last move
@@ -131,6 +105,10 @@ class Standing(Struct, frozen=True):
     def latched(self) -> bool:
         """Whether only a person moves it forward."""
         return self.stage is Stage.QUARANTINED or bool(self.paused)
+
+    @property
+    def under_way(self) -> bool:
+        return self.stage in (Stage.SHADOW, Stage.CANARY)
 
 
 class Evidence(NamedTuple):
@@ -151,14 +129,14 @@ class Proposal(NamedTuple):
     pause: bool = False
 
 
-def propose(plan: RolloutPlan, standing: Standing, evidence: Evidence, now_ms: int) -> Proposal:
+def propose(standing: Standing, evidence: Evidence, now_ms: int) -> Proposal:
     """Say what should happen next.
 
     A rollback comes before everything, also before hold times, modes and pauses: it is never proposed, it is done.
     """
     if standing.stage is Stage.CANARY and evidence.verdict is Verdict.ROLLBACK:
         return Proposal(Move.ROLL_BACK, evidence.reason or "a guard found it worse")
-    if standing.latched or standing.stage not in (Stage.SHADOW, Stage.CANARY):
+    if standing.latched or not standing.under_way:
         return Proposal(None, standing.paused or f"{standing.stage.value}: nothing moves by itself")
     if evidence.mismatched:
         return Proposal(None, "units are not assigned as routing means to: the sample ratio is off", pause=True)
@@ -166,8 +144,8 @@ def propose(plan: RolloutPlan, standing: Standing, evidence: Evidence, now_ms: i
         return Proposal(None, evidence.reason or "a guard found it worse, and asks for a person", pause=True)
     waited_s = (now_ms - standing.since_ms) / 1000
     if standing.stage is Stage.SHADOW:
-        return _out_of_shadow(plan, evidence, waited_s)
-    return _along(plan, standing, evidence, waited_s)
+        return _out_of_shadow(standing.plan, evidence, waited_s)
+    return _along(standing, evidence, waited_s)
 
 
 def _out_of_shadow(plan: RolloutPlan, evidence: Evidence, waited_s: float) -> Proposal:
@@ -177,12 +155,15 @@ def _out_of_shadow(plan: RolloutPlan, evidence: Evidence, waited_s: float) -> Pr
         return Proposal(None, f"watched for {waited_s:.0f} of {plan.hold_s:.0f} s")
     if evidence.gate == "passes":
         return Proposal(Move.TRY, evidence.reason or "the gate before the canary passes")
+    if plan.gate == "advisory":
+        return Proposal(Move.TRY, "nothing speaks against it, and the plan asks for no more")
     if waited_s >= plan.max_duration_s:
         return Proposal(None, "no evidence by max_duration_s", pause=True)
     return Proposal(None, evidence.reason or "no evidence yet")
 
 
-def _along(plan: RolloutPlan, standing: Standing, evidence: Evidence, waited_s: float) -> Proposal:
+def _along(standing: Standing, evidence: Evidence, waited_s: float) -> Proposal:
+    plan = standing.plan
     ready = waited_s >= plan.hold_s and evidence.units >= plan.min_units
     if ready and evidence.verdict is Verdict.ADVANCE:
         last = standing.step + 1 >= len(plan.steps)
@@ -196,31 +177,46 @@ def _along(plan: RolloutPlan, standing: Standing, evidence: Evidence, waited_s: 
     return Proposal(None, evidence.reason or "the guards have not decided")
 
 
-def moved(standing: Standing, proposal: Proposal, plan: RolloutPlan, now_ms: int) -> Standing:
+def moved(standing: Standing, proposal: Proposal, now_ms: int) -> Standing:
     """Apply a proposal by the service itself: done, or in `mode: manual` kept for a person, a rollback excepted."""
     if proposal.pause:
         return msgspec.structs.replace(standing, paused=proposal.reason, reason=proposal.reason)
     if proposal.move is None:
         return standing
-    if plan.mode == "manual" and proposal.move is not Move.ROLL_BACK:
+    if standing.plan.mode == "manual" and proposal.move is not Move.ROLL_BACK:
         return msgspec.structs.replace(standing, proposal=proposal.move, reason=proposal.reason)
     return applied(standing, proposal.move, proposal.reason, now_ms)
 
 
 def applied(standing: Standing, move: Move, reason: str, now_ms: int) -> Standing:
-    """Make a move. Raises ValueError where the table has none."""
+    """Make a move. Raises ValueError where the table has none, or there is no further step."""
     stage = step(standing.stage, move)
+    at = standing.step + 1 if move is Move.ADVANCE else 0
+    if move is Move.ADVANCE and at >= len(standing.plan.steps):
+        raise ValueError("there is no step after the last: promote it")
+    following = msgspec.structs.replace(
+        standing, stage=stage, step=at, since_ms=now_ms, paused="", proposal=None, reason=reason
+    )
+    return weighed(following, standing.plan.steps[at] if stage is Stage.CANARY else 0.0)
+
+
+def weighed(standing: Standing, weight: float) -> Standing:
+    """Begin a stretch of another weight: a step with a place of its own in α."""
+    tried = standing.weight > 0.0 and weight > 0.0
     return msgspec.structs.replace(
         standing,
-        stage=stage,
-        step=standing.step + 1 if move is Move.ADVANCE else 0,
-        since_ms=now_ms,
-        paused="",
-        proposal=None,
-        reason=reason,
+        weight=weight,
+        floor=max(standing.floor, standing.weight) if weight > 0.0 else standing.floor,
+        place=standing.place + tried,
     )
 
 
-def weight(plan: RolloutPlan, standing: Standing) -> float:
-    """The share of units that the version decides."""
-    return plan.steps[standing.step] if standing.stage is Stage.CANARY else 0.0
+def turned(standing: Standing, weight: float, reason: str, now_ms: int) -> Standing:
+    """Give a canary the weight that a person says. Raises ValueError elsewhere, or for what is no share."""
+    if standing.stage is not Stage.CANARY:
+        raise ValueError(f"a {standing.stage.value} version has no weight")
+    if not 0.0 < weight < 1.0:
+        raise ValueError("a weight lies between 0 and 1")
+    at = max((i for i, each in enumerate(standing.plan.steps) if each <= weight), default=0)
+    changed = msgspec.structs.replace(standing, step=at, since_ms=now_ms, proposal=None, reason=reason)
+    return weighed(changed, weight)

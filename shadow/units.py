@@ -123,20 +123,48 @@ class Book:
     be whole, every decision that is older than the reward window must have been added.
     """
 
-    def __init__(self, plan: Plan, step: Step, *, known: dict[str, int] | None = None, limit: int = LIMIT) -> None:
-        """Begin a step. known: `known` of the book before, where units are episodes: those that go on are not new."""
+    def __init__(
+        self,
+        plan: Plan,
+        step: Step,
+        *,
+        known: dict[str, int] | None = None,
+        begun_ms: int = -1,
+        ripe_ms: int = -1,
+        limit: int = LIMIT,
+    ) -> None:
+        """Begin a step. known: `known` of the book before, where units are episodes: those that go on are not new.
+
+        begun_ms, ripe_ms: of the last calls of `begun` and `ripe`, where a step is gone on with: what was counted then
+        is not counted again.
+        """
         self.plan, self.step = plan, step
         self.left_out: Counter[str] = Counter()  # units, by reason
         self._chance = step.chance
         self._limit = limit
         self._held = 0
+        self._new: list[str] = []  # through, and not told yet
         self._open: dict[str, list[Outcome]] = {}
         self._through: dict[str, int] = dict(known or {})
+        self._begun_ms, self._through_ms = begun_ms, ripe_ms
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a unit is open."""
+        return name in self._open
+
+    def __len__(self) -> int:
+        """How many units are open."""
+        return len(self._open)
 
     @property
     def known(self) -> dict[str, int]:
         """When each unit, open or through, was last seen."""
         return self._through | {name: rows[-1].at_ms for name, rows in self._open.items()}
+
+    def take_through(self) -> dict[str, int]:
+        """Units that are through since this was asked last, and when each was last seen: to go on with elsewhere."""
+        names, self._new = self._new, []
+        return {name: self._through[name] for name in names if name in self._through}
 
     def add(self, outcome: Outcome) -> None:
         """Add one closed decision. A repetition, or one after its unit or for a full book, changes nothing."""
@@ -146,6 +174,8 @@ class Book:
             return
         rows = self._open.get(name)
         if rows is None:
+            if outcome.at_ms + self._age(outcome) < self._through_ms:
+                return  # it was through when this step was left
             if self._held + len(self._through) >= self._limit:
                 self.left_out["full"] += 1
                 return
@@ -157,16 +187,29 @@ class Book:
         self._held += 1
         self._trim(rows)
 
+    def begun(self, now_ms: int) -> tuple[int, int]:
+        """How many units that take part have begun since this was asked last: the challenger's, the champion's.
+
+        Each is counted once its first decision must have closed, so that what a version does to rewards, or to how soon
+        they come, does not show. Call it before `ripe` with the same time.
+        """
+        window, counts = self.plan.window_ms, [0, 0]
+        for rows in self._open.values():
+            if self._begun_ms <= rows[0].at_ms + window < now_ms and self.step.refusal(rows[0]) is None:
+                counts[rows[0].assigned != self.step.challenger] += 1
+        self._begun_ms = max(self._begun_ms, now_ms)
+        return counts[0], counts[1]
+
     def ripe(self, now_ms: int) -> list[Unit]:
         """Take out the units that are older than `unit_time` and the reward window, those that take part, by start."""
-        age = self.plan.unit_time_ms + self.plan.window_ms
-        names = [name for name, rows in self._open.items() if rows[0].at_ms + age < now_ms]
+        names = [name for name, rows in self._open.items() if rows[0].at_ms + self._age(rows[0]) < now_ms]
         taken = []
         for name in names:
             rows = self._open.pop(name)
             self._held -= len(rows)
             if name != rows[0].id:  # a decision by itself never comes again
                 self._through[name] = rows[-1].at_ms
+                self._new.append(name)
             why = self.step.refusal(rows[0])
             if why is None:
                 taken.append(self._unit(rows))
@@ -177,6 +220,11 @@ class Book:
     def forget(self, before_ms: int) -> None:
         """Forget units that are through and were last seen before that: an episode whose pin has ended is a new one."""
         self._through = {name: seen for name, seen in self._through.items() if seen >= before_ms}
+
+    def _age(self, first: Outcome) -> int:
+        """How old a unit must be: a decision by itself has nothing to wait for but its reward."""
+        alone = first.unit == first.id
+        return self.plan.window_ms if alone else self.plan.unit_time_ms + self.plan.window_ms
 
     def _trim(self, rows: list[Outcome]) -> None:
         """Drop what cannot belong to the unit, however early its first decision turns out to be."""

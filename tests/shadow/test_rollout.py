@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.errors import ConfigError
 from shadow.rollout import (
     TABLE,
     Evidence,
-    GuardPlan,
     Move,
     Proposal,
-    RolloutPlan,
     Stage,
     Standing,
     applied,
@@ -23,8 +23,9 @@ from shadow.rollout import (
     moved,
     propose,
     step,
-    weight,
+    turned,
 )
+from shadow.rollout_plan import DEFAULTS, MEASURES, GuardPlan, RolloutPlan, read_plan
 from shadow.verdicts import Verdict
 
 PLAN = RolloutPlan(hold_s=100.0, min_units=30, max_duration_s=1_000.0, guards={"return": GuardPlan(margin=0.02)})
@@ -32,12 +33,16 @@ NOW = 1_000_000
 ENOUGH = Evidence(Verdict.ADVANCE, 30, reason="return proven")
 
 
-def canary(at: int = 0, waited_s: float = 100.0, **fields: object) -> Standing:
-    return Standing("r1", "v2", Stage.CANARY, at, NOW - int(waited_s * 1000), **fields)  # type: ignore[arg-type]
+def standing_at(stage: Stage, waited_s: float = 0.0, plan: RolloutPlan = PLAN, **fields: Any) -> Standing:
+    return Standing("r1", "v2", "v1", stage, plan, since_ms=NOW - int(waited_s * 1000), **fields)
 
 
-def shadow(waited_s: float = 100.0) -> Standing:
-    return Standing("r1", "v2", Stage.SHADOW, 0, NOW - int(waited_s * 1000))
+def canary(at: int = 0, waited_s: float = 100.0, **fields: Any) -> Standing:
+    return standing_at(Stage.CANARY, waited_s, step=at, weight=PLAN.steps[at], **fields)
+
+
+def shadow(waited_s: float = 100.0, plan: RolloutPlan = PLAN) -> Standing:
+    return standing_at(Stage.SHADOW, waited_s, plan)
 
 
 @pytest.mark.parametrize(("stage", "move"), list(itertools.product(Stage, Move)))
@@ -63,14 +68,14 @@ def test_the_diagram_draws_every_pair() -> None:
 
 
 def test_a_rollout_walks_to_the_end_and_its_weights_rise() -> None:
-    standing, weights = Standing("r1", "v2", Stage.REGISTERED), []
+    standing, weights = standing_at(Stage.REGISTERED), []
     standing = applied(standing, Move.WATCH, "pushed", NOW)
     now = NOW
     for _ in range(20):
         now += 100_000
-        proposal = propose(PLAN, standing, ENOUGH._replace(gate="passes"), now)
-        standing = moved(standing, proposal, PLAN, now)
-        weights.append(weight(PLAN, standing))
+        proposal = propose(standing, ENOUGH._replace(gate="passes"), now)
+        standing = moved(standing, proposal, now)
+        weights.append(standing.weight)
         if standing.stage is Stage.CHAMPION:
             break
     assert weights == [0.01, 0.05, 0.1, 0.25, 0.5, 0.0]
@@ -100,27 +105,88 @@ def test_a_rollout_walks_to_the_end_and_its_weights_rise() -> None:
         (shadow(), Evidence(None, 0, gate="no_evidence"), None, False),
         (shadow(1_000.0), Evidence(None, 0, gate="no_evidence"), None, True),
         (shadow(0.0), Evidence(None, 0, gate="fails"), None, True),
-        (Standing("r1", "v2", Stage.QUARANTINED), ENOUGH._replace(gate="passes"), None, False),
-        (Standing("r1", "v2", Stage.CHAMPION), ENOUGH, None, False),
+        (standing_at(Stage.QUARANTINED), ENOUGH._replace(gate="passes"), None, False),
+        (standing_at(Stage.CHAMPION), ENOUGH, None, False),
     ],
 )
 def test_the_next_move(standing: Standing, evidence: Evidence, move: Move | None, pause: bool) -> None:
-    proposal = propose(PLAN, standing, evidence, NOW)
+    proposal = propose(standing, evidence, NOW)
     assert (proposal.move, proposal.pause) == (move, pause)
     assert proposal.reason or evidence is ENOUGH
 
 
 def test_by_hand_everything_is_proposed_but_a_rollback() -> None:
-    by_hand = msgspec.structs.replace(PLAN, mode="manual")
-    waits = moved(canary(), propose(by_hand, canary(), ENOUGH, NOW), by_hand, NOW)
+    here = msgspec.structs.replace(canary(), plan=msgspec.structs.replace(PLAN, mode="manual"))
+    waits = moved(here, propose(here, ENOUGH, NOW), NOW)
     assert (waits.stage, waits.step, waits.proposal) == (Stage.CANARY, 0, Move.ADVANCE)
-    back = moved(waits, propose(by_hand, waits, Evidence(Verdict.ROLLBACK, 9, reason="worse"), NOW), by_hand, NOW)
+    back = moved(waits, propose(waits, Evidence(Verdict.ROLLBACK, 9, reason="worse"), NOW), NOW)
     assert (back.stage, back.proposal, back.reason) == (Stage.QUARANTINED, None, "worse")
-    assert moved(back, propose(by_hand, back, ENOUGH, NOW), by_hand, NOW) == back, "latched"
+    assert moved(back, propose(back, ENOUGH, NOW), NOW) == back, "latched"
+
+
+def test_an_advisory_gate_holds_only_what_it_refutes() -> None:
+    here = shadow(plan=msgspec.structs.replace(PLAN, gate="advisory"))
+    assert propose(here, Evidence(None, 0), NOW).move is Move.TRY
+    assert propose(here, Evidence(None, 0, gate="fails"), NOW) == Proposal(
+        None, "the gate before the canary fails", pause=True
+    )
+
+
+def test_steps_keep_their_places_in_alpha_and_what_keys_have_met() -> None:
+    standing, found = applied(shadow(), Move.TRY, "", NOW), []
+    for _ in range(2):
+        found.append((standing.weight, standing.floor, standing.place))
+        standing = applied(standing, Move.ADVANCE, "", NOW)
+    standing = turned(standing, 0.3, "faster", NOW)
+    found.append((standing.weight, standing.floor, standing.place))
+    assert found == [(0.01, 0.0, 0), (0.05, 0.01, 1), (0.3, 0.1, 3)]
+    assert standing.step == 3, "0.25 is behind it, 0.5 follows"
+    assert applied(standing, Move.ADVANCE, "", NOW).weight == 0.5
+
+
+def test_no_place_in_alpha_is_used_twice_whatever_a_person_does() -> None:
+    standing, places = applied(shadow(), Move.TRY, "", NOW), [0]
+    for weight in (0.05, 0.01, 0.05, 0.5):
+        standing = turned(standing, weight, "", NOW)
+        places.append(standing.place)
+    assert places == [0, 1, 2, 3, 4]
+
+
+def test_beyond_the_last_step_there_is_none() -> None:
+    with pytest.raises(ValueError, match="promote"):
+        applied(canary(4), Move.ADVANCE, "", NOW)
+
+
+@pytest.mark.parametrize(("standing", "weight"), [(shadow(), 0.1), (canary(), 0.0), (canary(), 1.0)])
+def test_a_weight_that_cannot_be_is_refused(standing: Standing, weight: float) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        turned(standing, weight, "", NOW)
+
+
+def test_guards_that_a_plan_does_not_name_stand_with_their_defaults() -> None:
+    plan = RolloutPlan(guards={"error": GuardPlan(margin=0.2, action="inform"), "return": GuardPlan(must_prove=False)})
+    assert plan.margin((-100.0, 100.0)) == 10.0
+    guards = {guard.measure: guard for guard in plan.measured((-100.0, 100.0), 7.5)}
+    assert tuple(guards) == MEASURES == tuple(DEFAULTS)
+    assert (guards["return"].margin, guards["return"].must_prove, guards["return"].action) == (7.5, False, "rollback")
+    assert (guards["error"].margin, guards["error"].action) == (0.2, "inform")
+    assert guards["fallback"].margin == DEFAULTS["fallback"][0]
+    assert (plan.budget.guards, plan.budget.steps, plan.budget.total) == (len(MEASURES), 5, 0.01)
+
+
+def test_a_plan_is_read_from_yaml_and_errors_name_file_and_field() -> None:
+    assert read_plan(b"steps: [0.1]\nguards: {return: {margin: 5}}", "rollout.yaml") == RolloutPlan(
+        steps=(0.1,), guards={"return": GuardPlan(margin=5.0)}
+    )
+    with pytest.raises(ConfigError, match=r"rollout\.yaml: .*float") as caught:
+        read_plan(b"alpha: much", "rollout.yaml")
+    assert caught.value.field == "alpha"
+    with pytest.raises(ConfigError, match="YAML"):
+        read_plan(b"{", "rollout.yaml")
 
 
 def test_a_pause_says_why_and_keeps_the_step() -> None:
-    paused = moved(canary(2), Proposal(None, "ratio", pause=True), PLAN, NOW)
+    paused = moved(canary(2), Proposal(None, "ratio", pause=True), NOW)
     assert (paused.stage, paused.step, paused.paused, paused.latched) == (Stage.CANARY, 2, "ratio", True)
 
 
@@ -133,7 +199,7 @@ def test_without_proof_nothing_goes_forward(
 ) -> None:
     standing = shadow(waited_s) if watching else canary(at, waited_s)
     evidence = Evidence(verdict, units, mismatched, gate)  # type: ignore[arg-type]
-    move = propose(PLAN, standing, evidence, NOW).move
+    move = propose(standing, evidence, NOW).move
     if move in (Move.ADVANCE, Move.PROMOTE):
         assert verdict is Verdict.ADVANCE
         assert units >= PLAN.min_units
@@ -153,6 +219,7 @@ def test_without_proof_nothing_goes_forward(
         ({"steps": []}, "steps"),
         ({"steps": [1.0]}, "steps"),
         ({"guards": {"return": {"margin": -1}}}, "margin"),
+        ({"guards": {"speed": {"margin": 1}}}, "speed"),
         ({"unknown": 1}, "unknown"),
     ],
 )

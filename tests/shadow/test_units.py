@@ -265,3 +265,42 @@ def test_of_keys_that_come_back_those_above_the_floor_are_the_challengers_by_the
         assert step.chance == pytest.approx((weight - floor) / (1.0 - floor))
         assert all(unit.weight == step.chance for unit in taken)
         floor = weight
+
+
+# Going on
+
+
+def test_units_are_counted_as_they_begin_once_and_before_they_are_ripe() -> None:
+    book = Book(PLAN, STEP)
+    for at, name, assigned, weight in ((10_000, "a", "v1", 0.9), (10_050, "b", "v2", 0.1), (10_400, "c", "v1", 0.9)):
+        book.add(outcome(at, name, assigned=assigned, weight=weight))
+    book.add(outcome(10_060, "d", assigned="v9"))  # takes no part
+    assert book.begun(10_000 + PLAN.window_ms) == (0, 0), "what began a window ago may still be told of"
+    assert book.begun(10_100 + PLAN.window_ms) == (1, 1)
+    assert book.begun(10_100 + PLAN.window_ms) == (0, 0)
+    book.add(outcome(10_200, "a"))
+    assert book.begun(10**9) == (0, 1)
+
+
+def test_a_step_that_is_left_and_gone_on_with_counts_every_unit_once() -> None:
+    rows = [outcome(10_000 + 100 * i, f"e{i % 7}", id=f"d{i:06}") for i in range(30)]
+    rows += [outcome(10_000 + 90 * i, f"d{900 + i}", id=f"d{900 + i}", episode="") for i in range(30)]
+    rows.sort(key=lambda row: row.at_ms)
+    whole = Book(PLAN, STEP)
+    for row in rows:
+        whole.add(row)
+    expected = whole.begun(10**9), [unit.order for unit in whole.ripe(10**9)]
+    for cut in range(10_000, 15_000, 250):
+        first = Book(PLAN, STEP)
+        for row in rows:
+            if row.at_ms < cut:
+                first.add(row)
+        begun, taken = first.begun(cut), [unit.order for unit in first.ripe(cut)]
+        known = first.take_through()
+        assert known == {name: seen for name, seen in first.known.items() if name not in first}
+        second = Book(PLAN, STEP, known=known, begun_ms=cut, ripe_ms=cut)
+        for row in rows:  # from the beginning, as from any place before the oldest that is open
+            second.add(row)
+        more = second.begun(10**9)
+        taken += [unit.order for unit in second.ripe(10**9)]
+        assert ((begun[0] + more[0], begun[1] + more[1]), sorted(taken)) == (expected[0], sorted(expected[1]))
