@@ -63,6 +63,8 @@ def made(
     standing = standing_of(document)
     if move is Move.QUARANTINE and standing.stage is Stage.CHAMPION:
         _returnable(document, standing)
+    elif not standing.under_way:
+        raise MoveRefused(f"the rollout of {standing.version} has ended ({standing.stage.value}): begin another")
     after = _moved(document, standing, move, reason, now_ms, digest)
     if move is Move.PROMOTE and lower is not None:
         spent = Account(standing.margin, document.margin_spent).promoted(lower).spent
@@ -116,14 +118,17 @@ def resumed(document: Document, reason: str) -> Document:
 def quarantined(document: Document, version: str, digest: str, reason: str, now_ms: int) -> Document:
     """Latch a version, whatever it does now. Raises MoveRefused where nobody would decide in its place."""
     standing, deployment = document.standing, document.deployment
-    if standing is not None and standing.version == version and standing.stage is not Stage.QUARANTINED:
+    its = standing is not None and standing.version == version
+    if its and standing is not None and (standing.under_way or standing.stage is Stage.CHAMPION):
         return made(document, Move.QUARANTINE, reason, now_ms, digest)
     if version in (deployment.champion, deployment.baseline):
         raise MoveRefused(f"{version} is {deployment.role_of(version)}: let another version decide first", "version")
     found = document.marks.get(version)
-    _checked(found.stage if found is not None else Stage.REGISTERED, Move.QUARANTINE)
-    mark = Mark(Stage.QUARANTINED, reason, now_ms, digest)
-    return replace(document, marks=document.marks | {version: mark}, deployment=_without(deployment, version))
+    stage = _after(found.stage if found is not None else Stage.REGISTERED, Move.QUARANTINE)
+    if its and standing is not None:
+        standing = replace(standing, stage=stage, reason=reason)
+    marks = document.marks | {version: Mark(stage, reason, now_ms, digest)}
+    return replace(document, standing=standing, marks=marks, deployment=_without(deployment, version))
 
 
 def released(document: Document, version: str, reason: str) -> Document:
@@ -257,8 +262,8 @@ def _remarked(document: Document, wanted: Deployment) -> dict[str, Mark]:
     return {label: mark for label, mark in document.marks.items() if label not in wanted.deciding}
 
 
-def _checked(stage: Stage, move: Move) -> None:
+def _after(stage: Stage, move: Move) -> Stage:
     try:
-        step(stage, move)
+        return step(stage, move)
     except ValueError as error:
         raise MoveRefused(str(error)) from None

@@ -199,7 +199,8 @@ class Rollouts:
         if goes_on:
             flat = await self._streams.command("ZRANGE", f"{base(policy)}:rollout:through", 0, -1, "WITHSCORES")
             known = {name.decode(): int(float(seen)) for name, seen in _pairs(flat)}
-        kept, low = (_decode(fields[2]), fields[3].decode()) if goes_on else (None, f"{since_ms - SETTLE_MS}-0")
+        kept = _decode(fields[2]) if goes_on else None
+        low = fields[3].decode() if goes_on else await self._beginning(now_ms - since_ms)
         salt = salt_of(document, policy_digest(policy))
         try:
             trial = Trial(standing, _units(document, standing), salt, kept, known, since_ms)
@@ -207,6 +208,11 @@ class Rollouts:
             log.warning("rollout_measures_nothing", policy=policy, version=standing.version, reason=str(error))
             return _Watch(of, turn, None, True)
         return _Watch(of, turn, trial, not goes_on, low, low)
+
+    async def _beginning(self, age_ms: int) -> str:
+        """From where on to read a step of this age: entries bear the server's time."""
+        seconds, micros = await self._streams.command("TIME")
+        return f"{int(seconds) * 1000 + int(micros) // 1000 - age_ms - SETTLE_MS}-0"
 
     async def _read(self, policy: str, document: Document, watch: _Watch, trial: Trial) -> None:
         """Read what has closed; settle what is ripe once all of it has been read."""
