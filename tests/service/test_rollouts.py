@@ -28,7 +28,7 @@ from service.document import Document
 from service.ids import policy_digest
 from service.leader import Leader
 from service.redis_streams import RedisStreams, base, connect
-from service.rolling import begun, salt_of
+from service.rolling import begun, paused, salt_of
 from service.rollouts import GROUP, KEEP, SETTLE_MS, Rollouts, View, before
 from service.standing import Known, PolicyState
 from shadow.gate import Verdict as GateVerdict
@@ -207,7 +207,10 @@ def test_a_rollout_walks_step_by_step_and_each_step_counts_its_own(valkey_url: s
     run(valkey_url, policy, scenario)
 
 
-def test_whoever_leads_every_unit_counts_once(valkey_url: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keyed", [True, False])
+def test_whoever_leads_every_unit_counts_once(
+    valkey_url: str, policy: str, monkeypatch: pytest.MonkeyPatch, keyed: bool
+) -> None:
     monkeypatch.setattr("service.rollouts.SETTLE_MS", 3_600_000)  # the one who is alone begins late
     plan = replace(PLAN, min_units=10**6)  # it stays in its step
 
@@ -216,7 +219,11 @@ def test_whoever_leads_every_unit_counts_once(valkey_url: str, policy: str, monk
         rng = np.random.default_rng(5)
         leaders = [mine.controller(name) for name in "abc"]
         for _ in range(25):
-            await mine.close(int(rng.integers(1, 60)), lambda challenger: float(mine.rng.random()))
+            key = {"key": f"k{rng.integers(0, 60)}"} if keyed else {}
+            await mine.close(
+                int(rng.integers(1, 10 if keyed else 60)), lambda challenger: float(mine.rng.random()), **key
+            )
+            mine.clock.advance(int(rng.integers(0, 1_500)))
             if rng.random() < 0.7:
                 await mine.streams.command("SET", f"{base(policy)}:horizon", mine.clock.event_ms() - 300)
             if rng.random() < 0.5:  # its lease has run out
@@ -228,7 +235,6 @@ def test_whoever_leads_every_unit_counts_once(valkey_url: str, policy: str, monk
         await mine.streams.command("DEL", f"{base(policy)}:leader")
         await turn(mine, leaders[0])
         disturbed = (await mine.view()).evidence
-        total = next(mine.numbers)
         await mine.streams.command("DEL", f"{base(policy)}:rollout", f"{base(policy)}:rollout:through")
         alone = mine.controller("alone")
         await mine.streams.command("DEL", f"{base(policy)}:leader")
@@ -238,7 +244,7 @@ def test_whoever_leads_every_unit_counts_once(valkey_url: str, policy: str, monk
         assert disturbed is not None
         assert undisturbed is not None
         assert disturbed.units == undisturbed.units
-        assert disturbed.units.challenger + disturbed.units.champion == total
+        assert disturbed.units.challenger + disturbed.units.champion > (10 if keyed else 100)
         assert disturbed.ratio == undisturbed.ratio
         for name, reading in disturbed.guards.items():
             assert reading.estimate == pytest.approx(undisturbed.guards[name].estimate, abs=1e-9)
@@ -257,21 +263,75 @@ def test_two_who_believe_that_they_lead_count_once_and_move_once(valkey_url: str
     async def scenario(mine: World) -> None:
         await mine.begin()
         leaders = [mine.controller(name, leader=Sure(mine.streams, name)) for name in "ab"]
-        for _ in range(6):
+        for each in range(6):
             await mine.close(400, alike)
             await mine.through()
             for leader in leaders:
                 cast(Documents, leader._catalog).state = mine.documents.state
             await asyncio.gather(*(leader.run_once() for leader in leaders))
             await mine.documents.poll()
-            evidence = (await mine.view()).evidence
-            if evidence is not None and mine.standing.weight == 0.2:
-                assert evidence.units.challenger + evidence.units.champion <= next(mine.numbers)
+            leaders[each % 2] = mine.controller(f"n{each}", leader=Sure(mine.streams, f"n{each}"))
         for _ in range(4):
             for leader in leaders:
                 await turn(mine, leader)
         assert mine.standing.stage is Stage.CHAMPION
         assert len(mine.documents.moves) == 2, mine.documents.moves
+
+    run(valkey_url, policy, scenario)
+
+
+class Stopped(RedisStreams):
+    """Is stopped before what is known is kept, and goes on when somebody else has done something."""
+
+    meanwhile: Callable[[], Awaitable[None]] | None = None
+
+    async def script(self, source: bytes, key: str, *arguments: Any) -> Any:
+        if source is KEEP and self.meanwhile is not None:
+            something, self.meanwhile = self.meanwhile, None
+            await something()
+        return await super().script(source, key, *arguments)
+
+
+def test_a_leader_that_was_stopped_undoes_nothing(valkey_url: str, policy: str) -> None:
+    async def scenario(mine: World) -> None:
+        await mine.begin(replace(PLAN, min_units=10**6))
+        stopped = Stopped(connect(valkey_url))
+        one = mine.controller("a", stopped, leader=Sure(stopped, "a"))
+        two = mine.controller("b", leader=Sure(mine.streams, "b"))
+
+        async def another_counts() -> None:
+            for name in ("k1", "k2", "k3", "k4"):
+                await mine.close(1, alike, key=name)
+            await mine.through()
+            await turn(mine, two)
+
+        await turn(mine, one)
+        stopped.meanwhile = another_counts
+        await mine.close(1, alike, key="k0")
+        await mine.through()
+        await turn(mine, one)
+        await turn(mine, mine.controller("c", leader=Sure(mine.streams, "c")))
+        evidence = (await mine.view()).evidence
+        assert evidence is not None
+        assert evidence.units.challenger + evidence.units.champion == 5
+        await stopped.aclose()
+
+    run(valkey_url, policy, scenario)
+
+
+def test_what_a_person_did_meanwhile_stands(valkey_url: str, policy: str) -> None:
+    async def scenario(mine: World) -> None:
+        await mine.begin()
+        controller = mine.controller("a")
+        await mine.close(1_500, alike)
+        await mine.through()
+        document = mine.documents.state.document
+        assert document is not None
+        held = replace(paused(document, "holidays"), generation=document.generation + 1)
+        assert await mine.documents.control.change(policy, held, unwritten=0) is None
+        await controller.run_once()  # it has not heard of it
+        await mine.documents.poll()
+        assert (mine.standing.weight, mine.standing.paused) == (0.2, "holidays")
 
     run(valkey_url, policy, scenario)
 
