@@ -12,7 +12,9 @@ import typer
 from policies.errors import SurefootError
 from service.cli_access import audit, tokens
 from service.cli_policy import app as policies
+from service.cli_rollout import app as rollouts
 from service.cli_safety import app as safety
+from service.cli_shadow import app as shadows
 from service.cli_streams import add_to as add_streams
 from service.cli_transitions import app as transitions
 from service.settings import PREFIX, Settings, load_settings
@@ -22,7 +24,9 @@ config = typer.Typer(no_args_is_help=True, help="Settings.")
 app.add_typer(config, name="config")
 app.add_typer(audit, name="audit")
 app.add_typer(policies, name="policy")
+app.add_typer(rollouts, name="rollout")
 app.add_typer(safety, name="safety")
+app.add_typer(shadows, name="shadow")
 app.add_typer(tokens, name="token")
 app.add_typer(transitions, name="transitions")
 add_streams(transitions)

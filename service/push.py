@@ -133,7 +133,7 @@ def call(method: str, path: str, url: str | None, token: str | None, **options: 
     base, token = (url or address()).rstrip("/"), token or os.environ.get("SUREFOOT_ADMIN_TOKEN")
     headers = options.pop("headers", {}) | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
-        response = httpx.request(method, base + path, headers=headers, timeout=TIMEOUT, **options)
+        response = httpx.request(method, base + path, headers=headers, **{"timeout": TIMEOUT} | options)
     except httpx.InvalidURL as error:
         raise Refusal(f"{base} is no URL: {error}") from None
     except httpx.HTTPError as error:

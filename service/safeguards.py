@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import yaml
 
 from policies.bundle import PolicyBundle
-from policies.errors import ConfigError, InvalidField, SurefootError
+from policies.errors import ConfigError, InvalidField, SafetyError, SurefootError
 from policies.store import EXPLORATION, ROLLOUT, SAFETY, StoredPolicy
 from safety.document import RuleSet, bind, read_rules
 from safety.exploration import Exploration, parse_exploration
+from service.rollout_plan_file import read_plan
 from service.ruling import Ruling
 from service.standing import Document
-from shadow.rollout_plan import RolloutPlan, read_plan
+from shadow.rollout_plan import RolloutPlan
 
 
 def fitting_rules(source: str, bundles: Sequence[PolicyBundle]) -> RuleSet:
@@ -45,8 +46,11 @@ def document_of(seed: StoredPolicy) -> Document:
 
 
 def _rollout(seed: StoredPolicy) -> RolloutPlan | None:
-    raw = seed.documents.get(ROLLOUT)
-    return None if raw is None else read_plan(raw, f"{seed.name}/{ROLLOUT}")
+    raw, where = seed.documents.get(ROLLOUT), f"{seed.name}/{ROLLOUT}"
+    try:
+        return None if raw is None else read_plan(raw, where)
+    except SafetyError as error:
+        raise ConfigError(error.detail, error.field) from None
 
 
 def _safety(seed: StoredPolicy) -> str:

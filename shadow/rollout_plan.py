@@ -12,10 +12,8 @@ import math
 from typing import Annotated, Literal, get_args
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct
 
-from policies.errors import ConfigError
 from shadow.guards import Guard, Measure
 from shadow.verdicts import Action, Alpha
 
@@ -103,14 +101,3 @@ class RolloutPlan(Struct, forbid_unknown_fields=True, frozen=True):
             must_prove=must_prove if named.must_prove is None else named.must_prove,
             return_range=returns,
         )
-
-
-def read_plan(raw: bytes, where: str) -> RolloutPlan:
-    """Decode `rollout.yaml`. Raises ConfigError naming file and field."""
-    try:
-        return msgspec.convert(yaml.safe_load(raw), RolloutPlan)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}", where) from None
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        raise ConfigError(f"{where}: {message}", path.strip(".`") or None) from None

@@ -50,6 +50,7 @@ def test_documents_of_a_directory_are_in_force_from_the_start(tmp_path: Path) ->
         ({"safety": GOOD.replace("action.index == 1", "action.index == 0")}, "fallback"),
         ({"exploration": "epsilon: 2.0\n"}, "toy/exploration.yaml"),
         ({"exploration": "{: - [\n"}, "not YAML"),
+        ({"rollout": "steps: [0.5, 0.1]\n"}, "toy/rollout.yaml"),
     ],
 )
 def test_what_is_wrong_in_them_stops_the_start(tmp_path: Path, documents: dict[str, str], named: str) -> None:

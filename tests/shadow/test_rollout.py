@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.errors import ConfigError
 from shadow.rollout import (
     TABLE,
     Evidence,
@@ -25,7 +24,7 @@ from shadow.rollout import (
     step,
     turned,
 )
-from shadow.rollout_plan import DEFAULTS, MEASURES, GuardPlan, RolloutPlan, read_plan
+from shadow.rollout_plan import DEFAULTS, MEASURES, GuardPlan, RolloutPlan
 from shadow.verdicts import Verdict
 
 PLAN = RolloutPlan(hold_s=100.0, min_units=30, max_duration_s=1_000.0, guards={"return": GuardPlan(margin=0.02)})
@@ -172,17 +171,6 @@ def test_guards_that_a_plan_does_not_name_stand_with_their_defaults() -> None:
     assert (guards["error"].margin, guards["error"].action) == (0.2, "inform")
     assert guards["fallback"].margin == DEFAULTS["fallback"][0]
     assert (plan.budget.guards, plan.budget.steps, plan.budget.total) == (len(MEASURES), 5, 0.01)
-
-
-def test_a_plan_is_read_from_yaml_and_errors_name_file_and_field() -> None:
-    assert read_plan(b"steps: [0.1]\nguards: {return: {margin: 5}}", "rollout.yaml") == RolloutPlan(
-        steps=(0.1,), guards={"return": GuardPlan(margin=5.0)}
-    )
-    with pytest.raises(ConfigError, match=r"rollout\.yaml: .*float") as caught:
-        read_plan(b"alpha: much", "rollout.yaml")
-    assert caught.value.field == "alpha"
-    with pytest.raises(ConfigError, match="YAML"):
-        read_plan(b"{", "rollout.yaml")
 
 
 def test_a_pause_says_why_and_keeps_the_step() -> None:
