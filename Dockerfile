@@ -60,6 +60,6 @@ EXPOSE 8080
 # The parent process reaps its children itself and turns SIGTERM into a drain, so no init process stands above it.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['SUREFOOT_PORT']}/health/live\", timeout=2)"]
+    CMD ["python", "-m", "service.health_check", "live"]
 ENTRYPOINT ["surefoot"]
 CMD ["serve"]

@@ -301,7 +301,7 @@ class AuditBroken(Unavailable):
 
 class NotReady(Unavailable):
     code = "not_ready"
-    title = "The service is still starting"
+    title = "Keys or policies are not loaded yet"
 
 
 class BundleError(SurefootError):

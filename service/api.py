@@ -44,7 +44,8 @@ async def live() -> dict[str, str]:
 @health.get("/ready", summary="Whether it should get traffic, and why not")
 async def ready(worker: Worker) -> JSONResponse:
     reasons = worker.reasons()
-    body = {"status": "not_ready" if reasons else "ready", "reasons": reasons, **_durability(worker)}
+    about = {"reasons": reasons, "loading": worker.catalog.absence.waiting()}
+    body = {"status": "not_ready" if reasons else "ready", **about, **_durability(worker)}
     return JSONResponse(body, 503 if reasons else 200)
 
 

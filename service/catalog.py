@@ -23,6 +23,7 @@ from policies.deployment import Deployment
 from policies.errors import AuditBroken, BundleError, BundlesAway, StoreAway, SurefootError
 from policies.store import Store, StoredPolicy, difference
 from safety.halt import KillSwitch
+from service.absence import Absence
 from service.audit_log import SYSTEM, AuditLog, by_itself
 from service.clock import Clock
 from service.control import UNREADABLE, Control, Snapshot
@@ -75,6 +76,7 @@ class Catalog:
         self._read_s: float | None = None  # when Redis last told what is deployed
         self._shared_s = float("-inf")  # when the store last told which policies it has
         self._saved: dict[str, Known] = {}
+        self.absence = Absence(self.states, lambda: self._read_s is not None)
 
     # For the rest of the service
 
@@ -179,7 +181,8 @@ class Catalog:
         for name in sorted(names):
             state = self._state(name)
             rev, document = found.get(name, (0, None))
-            if (rev, document) == UNREADABLE:
+            state.unreadable = (rev, document) == UNREADABLE
+            if state.unreadable:
                 continue  # what is served goes on
             if rev < state.known.rev and not state.cached:
                 await self._remind(state)

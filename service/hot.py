@@ -21,10 +21,10 @@ from policies.errors import (
     MissingField,
     NotFinite,
     SurefootError,
-    UnknownPolicy,
     WrongMethod,
 )
 from policies.types import ActionSpec, ObservationSpec
+from service.absence import Absence
 from service.allowed import read_allowed
 from service.body import JSON, Disconnected, Scope, header, read_body, respond
 from service.callers import Caller, Callers
@@ -77,6 +77,7 @@ class HotRoutes:
     def __init__(
         self,
         policies: Mapping[str, Served],
+        absence: Absence,
         rewards: Rewards,
         idempotency: Idempotency,
         metrics: Metrics,
@@ -89,6 +90,7 @@ class HotRoutes:
         max_batch: int,
     ) -> None:
         self._policies = policies  # policies come at run time, too
+        self._absence = absence
         self._rewards = rewards
         self._idempotency = idempotency
         self._metrics = metrics
@@ -155,14 +157,12 @@ class HotRoutes:
         return 200, encode(outcome), self._tracing.decision(outcome, row, took_s)
 
     def _find(self, name: str | None, caller: Caller) -> Served:
-        if name is None:
-            if len(self._policies) != 1:
-                reached = filter(caller.reaches, sorted(self._policies))
-                raise MissingField(f"name one of: {', '.join(reached)}", "policy")
-            name = next(iter(self._policies))
+        if name is None and (name := self._absence.only(self._policies)) is None:
+            reached = filter(caller.reaches, sorted({*self._policies, *self._absence.waiting()}))
+            raise MissingField(f"name one of: {', '.join(reached)}", "policy")
         found = self._policies.get(name)
         if found is None:
-            raise UnknownPolicy(f"there is no policy {name!r}", "policy")
+            raise self._absence.of_policy(name)
         if caller.policies:
             caller.confine(name)
         return found

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import httpx
 
 from policies.errors import SurefootError
+from service.health_check import place
 
 # Trial of the bundle (up to a minute) and 256 MB over a slow line; connecting is another matter.
 TIMEOUT = httpx.Timeout(300.0, connect=5.0)
 
 PAGE = 1_000  # the most that the service gives at once
-EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # addresses to listen on, not to call
 
 
 class Refusal(SurefootError):
@@ -90,11 +90,9 @@ def rehearse(policy: str, source: bytes, last: int, url: str | None = None, toke
 
 def address() -> str:
     """Where a service with this environment's settings listens."""
-    host = os.environ.get("SUREFOOT_HOST") or "127.0.0.1"
-    if host in EVERYWHERE:
-        host = "127.0.0.1"
+    host, port = place()
     scheme = "https" if os.environ.get("SUREFOOT_TLS_CERT") else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{os.environ.get('SUREFOOT_PORT') or 8080}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def tokens(url: str | None = None, token: str | None = None) -> list[dict[str, Any]]:

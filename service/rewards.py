@@ -22,9 +22,8 @@ from policies.errors import (
     MissingField,
     RewardConflict,
     SurefootError,
-    UnknownDecision,
-    UnknownPolicy,
 )
+from service.absence import Absence
 from service.clock import Clock
 from service.decision import EpisodeEvent, Event, RewardEvent, encode_events
 from service.ids import DecisionId, Keyring, policy_digest
@@ -64,6 +63,7 @@ class Rewards:
     def __init__(
         self,
         policies: Mapping[bytes, Rewarded],
+        absence: Absence,
         ledger: Ledger,
         verdicts: Verdicts,
         keyring: Keyring,
@@ -74,6 +74,7 @@ class Rewards:
         verdict_wait_s: float,
     ) -> None:
         self._policies = policies
+        self._absence = absence
         self._ledger = ledger
         self._verdicts = verdicts
         self._keyring = keyring
@@ -83,11 +84,11 @@ class Rewards:
         self._verdict_wait_s = verdict_wait_s
 
     def find(self, decision_id: str) -> tuple[DecisionId, Rewarded]:
-        """Verify an id and find its policy. Raises UnknownDecision or DecisionExpired."""
+        """Verify an id and find its policy. Raises UnknownDecision, NotReady or DecisionExpired."""
         decision = self._keyring.verify(decision_id)
         policy = self._policies.get(decision.policy)
         if policy is None:
-            raise UnknownDecision("this decision belongs to a policy that is not loaded here", "decision_id")
+            raise self._absence.of_decision(decision.policy)
         if self._clock.event_ms() > decision.at_ms + policy.window_ms + self._record_ttl_ms:
             raise DecisionExpired("this decision's record has expired", "decision_id")
         return decision, policy
@@ -140,12 +141,12 @@ class Rewards:
 
     def _named(self, policy: str | None) -> Rewarded:
         if policy is None:
-            if len(self._policies) != 1:
-                raise MissingField("several policies are loaded: say which one the episode is of", "policy")
-            return next(iter(self._policies.values()))
+            policy = self._absence.only([each.policy for each in self._policies.values()])
+        if policy is None:
+            raise MissingField("there are several policies: say which one the episode is of", "policy")
         found = self._policies.get(policy_digest(policy))
         if found is None:
-            raise UnknownPolicy(f"there is no policy {policy!r}", "policy")
+            raise self._absence.of_policy(policy)
         return found
 
     async def _accept(self, checked: Sequence[_Checked]) -> list[RewardResponse]:

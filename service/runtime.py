@@ -24,6 +24,7 @@ from policies.errors import ConfigError, InvalidField, NotReady
 from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
 from safety.breaker import Faults, Latency
+from service.absence import Absence
 from service.admission import Admission, admit
 from service.burning import Burning
 from service.calibration import Calibrations
@@ -196,10 +197,10 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             admission.audit,
         )
         await catalog.start()
-        rewards = _rewards(serving)
+        rewards = _rewards(serving, catalog.absence)
         idempotency = Idempotency(streams, settings.idempotency_ttl_s)
         stack.push_async_callback(idempotency.aclose)
-        hot = _hot_routes(serving, rewards, idempotency, tracing, admission.callers)
+        hot = _hot_routes(serving, catalog.absence, rewards, idempotency, tracing, admission.callers)
         changes = Changes(catalog, clock)
         runtime = Runtime(
             settings,
@@ -261,9 +262,10 @@ async def _wait_for_keyring(settings: Settings, streams: RedisStreams) -> Keyrin
         await asyncio.sleep(0.2)
 
 
-def _rewards(serving: Serving) -> Rewards:
+def _rewards(serving: Serving, absence: Absence) -> Rewards:
     return Rewards(
         serving.rewarded,
+        absence,
         serving.ledger,
         serving.shipper,
         serving.keyring,
@@ -275,11 +277,17 @@ def _rewards(serving: Serving) -> Rewards:
 
 
 def _hot_routes(
-    serving: Serving, rewards: Rewards, idempotency: Idempotency, tracing: Tracing, callers: Callers
+    serving: Serving,
+    absence: Absence,
+    rewards: Rewards,
+    idempotency: Idempotency,
+    tracing: Tracing,
+    callers: Callers,
 ) -> HotRoutes:
     settings = serving.settings
     return HotRoutes(
         serving.policies,
+        absence,
         rewards,
         idempotency,
         serving.metrics,

@@ -56,6 +56,7 @@ class PolicyState:
     cached: bool = False  # `known` is a snapshot's: Redis has not been asked yet
     halted_here: frozenset[KillSwitch] = frozenset()  # thrown here, and Redis does not say so yet
     tripped_here: frozenset[str] = frozenset()  # the same for breakers
+    unreadable: bool = False  # Redis holds a document that this version of the service cannot read
     listed_s: float = float("-inf")
     loaded: dict[str, LoadedVersion] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
@@ -67,6 +68,11 @@ class PolicyState:
     def document(self) -> Document | None:
         """How the policy should be deployed: as Redis says, else as the directory does. None: nobody says."""
         return self.known.document or self.seeded
+
+    @property
+    def deployed(self) -> bool:
+        """Whether anybody says that it should be served."""
+        return self.document is not None or self.unreadable
 
     @property
     def generation(self) -> int:

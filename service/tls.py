@@ -2,9 +2,10 @@
 
 Duty: refuse files that do not fit before anything listens; take a renewed certificate over without a restart. It does
 not know what is served.
-Strategy: a new pair is tried in a context of its own first, since a pair that is just being replaced may not match;
-then the context in use is given it, for connections from then on.
-Promise: a pair that does not load is reported and the one before stays.
+Strategy: new files are tried in a context of their own first, since a pair that is just being replaced may not match;
+then the context in use is given them, for connections from then on. OpenSSL cannot take an authority out of a context
+in use: new ones come in, and one that is no longer in the file is trusted until the next start.
+Promise: files that do not load are reported and those before stay.
 """
 
 from __future__ import annotations
@@ -31,10 +32,7 @@ def options(settings: Settings) -> dict[str, Any]:
     _try(settings.tls_cert, settings.tls_key)
     chosen: dict[str, Any] = {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
     if settings.tls_client_ca is not None:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(settings.tls_client_ca)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"{settings.tls_client_ca}: {error}", "SUREFOOT_TLS_CLIENT_CA") from None
+        _try_authorities(settings.tls_client_ca)
         chosen |= {"ssl_ca_certs": str(settings.tls_client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     return chosen
 
@@ -46,6 +44,7 @@ class Renewal:
         assert settings.tls_cert is not None
         assert settings.tls_key is not None
         self._cert, self._key = settings.tls_cert, settings.tls_key
+        self._authorities = settings.tls_client_ca
         self._context = context
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._seen = self._stamp()
@@ -57,12 +56,15 @@ class Renewal:
             self.run_once()
 
     def run_once(self) -> bool:
-        """Take a pair over that has changed. Return whether there was one."""
+        """Take files over that have changed. Return whether there were any."""
         stamp = self._stamp()
         if stamp == self._seen:
             return False
         try:
             _try(self._cert, self._key)
+            if self._authorities is not None:
+                _try_authorities(self._authorities)
+                self._context.load_verify_locations(self._authorities)
             self._context.load_cert_chain(self._cert, self._key)
         except (ConfigError, OSError) as error:
             log.error("certificate_not_renewed", reason=str(error))
@@ -74,7 +76,7 @@ class Renewal:
     def _stamp(self) -> tuple[object, ...]:
         """Tell the files from what stood there before; links into a mounted secret are followed."""
         found: list[object] = []
-        for path in (self._cert, self._key):
+        for path in filter(None, (self._cert, self._key, self._authorities)):
             try:
                 stat = path.stat()
                 found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
@@ -88,3 +90,10 @@ def _try(cert: Path, key: Path) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"{cert} and {key} are not a certificate and its key: {error}", "SUREFOOT_TLS_CERT") from None
+
+
+def _try_authorities(file: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{file}: {error}", "SUREFOOT_TLS_CLIENT_CA") from None

@@ -65,6 +65,20 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{/* Name of the port that is served, in the pod and in the Services. */}}
+{{- define "surefoot.scheme" -}}
+{{- if .Values.tls.existingSecret -}}https{{- else -}}http{{- end }}
+{{- end }}
+
+{{/* Name under which the service is reached in the cluster, and the name that its certificate must have. */}}
+{{- define "surefoot.host" -}}
+{{ include "surefoot.fullname" . }}.{{ .Release.Namespace }}.svc
+{{- end }}
+
+{{- define "surefoot.serverName" -}}
+{{ .Values.tls.serverName | default (include "surefoot.host" .) }}
+{{- end }}
+
 {{/* What the schema cannot say: combinations that would start, and then lose or refuse something. */}}
 {{- define "surefoot.refuse" -}}
 {{- $most := .Values.replicaCount -}}
@@ -82,5 +96,16 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- if and .Values.auth.existingSecret (or .Values.auth.clientToken .Values.auth.adminToken .Values.auth.keys) -}}
 {{- fail "auth.existingSecret holds the tokens and keys: leave auth.clientToken, auth.adminToken and auth.keys empty" -}}
+{{- end -}}
+{{- with .Values.tls -}}
+{{- if and (not .existingSecret) (or .serverName .clientCertificates .clientCASecret .callerSecret) -}}
+{{- fail "the values of tls go with tls.existingSecret, which is not set" -}}
+{{- end -}}
+{{- if ne .clientCertificates (ne .callerSecret "") -}}
+{{- fail "tls.clientCertificates needs tls.callerSecret, and the other way round: without a certificate of their own, probes are refused" -}}
+{{- end -}}
+{{- if and .clientCASecret (not .clientCertificates) -}}
+{{- fail "tls.clientCASecret is read with tls.clientCertificates only" -}}
+{{- end -}}
 {{- end -}}
 {{- end }}

@@ -157,6 +157,7 @@ def test_pods_restart_when_configuration_changes_and_only_then(change: dict[str,
 
     assert annotations({}) == annotations({}), "a generated token must not restart the pods"
     assert annotations(change) != annotations({})
+    assert annotations({"redis": {"extraPorts": [6380]}}) == annotations({}), "the network policy's business alone"
 
 
 @pytest.mark.parametrize("values", [{"replicaCount": 2}, {"autoscaling": {"enabled": True}}], ids=str)
@@ -203,6 +204,11 @@ def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], m
         {"redis": {"url": "localhost"}},
         {"image": {"digest": "sha256:1"}},
         {"service": {"port": 0}},
+        {"redis": {"extraPorts": [0]}},
+        {"redis": {"extraPorts": 6380}},
+        {"redis": {"sentinelPort": 65536}},
+        {"tls": {"existingSecret": "Not A Name"}},
+        {"settings": {"SUREFOOT_TLS_CERT": "/a"}},
         {"policies": {"path": "relative"}},
         {"persistence": {"accessModes": ["ReadWriteMany"]}},
         {"settings": {"SUREFOOT_NO_SUCH": 1}},
@@ -239,25 +245,6 @@ def test_the_schema_closes_every_object_of_the_values() -> None:
                 compare(value, described["properties"][name], f"{path}.{name}")
 
     compare(chart().values, schema, "")
-
-
-def test_the_network_policy_opens_what_is_used() -> None:
-    def ports(values: dict[str, Any]) -> list[int]:
-        rules = the("NetworkPolicy", objects(values))["spec"]["egress"]
-        return [port["port"] for rule in rules for port in rule["ports"]]
-
-    assert ports({}) == [53, 53]
-    assert ports(REDIS) == [53, 53, 6379]
-    assert ports({"otel": {"endpoint": "http://collector:4318/x"}}) == [53, 53, 4318]
-    assert ports({"otel": {"endpoint": "https://collector"}}) == [53, 53, 443]
-    assert ports({"networkPolicy": {"extraEgress": [{"ports": [{"port": 26379}]}]}}) == [53, 53, 26379]
-
-
-def test_the_test_pod_passes_a_network_policy_that_names_the_callers() -> None:
-    found = objects({"networkPolicy": {"from": [{"namespaceSelector": {"matchLabels": {"team": "apps"}}}]}})
-    (rule,) = the("NetworkPolicy", found)["spec"]["ingress"]
-    (own,) = [peer["podSelector"]["matchLabels"] for peer in rule["from"] if "podSelector" in peer]
-    assert own.items() <= the("Pod", found)["metadata"]["labels"].items()
 
 
 def test_one_service_is_scraped_with_the_client_token() -> None:

@@ -52,6 +52,7 @@ def test_every_setting_is_set_by_the_chart_or_can_be() -> None:
         "redis": {"url": "redis://redis:6379/0"},
         "policies": {"path": "/policies"},
         "auth": {"keys": OUTSIDE["SUREFOOT_KEYS"]},
+        "tls": {"existingSecret": "server", "clientCertificates": True, "callerSecret": "caller"},
     }
     owned = {name for name in environment(objects(everything)) if name.startswith(PREFIX)}
     assert owned | settable() == KNOWN

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import os
 import shutil
+import signal
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 
 from policies.errors import ConfigError
-from service import tls
+from service import health_check, tls
 from service.settings import Settings, load_settings
-from tests.conftest import Server
-from tests.service.tls import Certificates
+from tests.conftest import children
+from tests.service.tls import Certificates, SecureServer, trusting
 from tests.waiting import until
 
 STATE = {"state": [0.0] * 4}
@@ -25,35 +25,6 @@ STATE = {"state": [0.0] * 4}
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
-@dataclass
-class SecureServer(Server):
-    """A service that is reached by HTTPS."""
-
-    verify: ssl.SSLContext = field(default_factory=ssl.create_default_context)
-
-    @property
-    def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
-
-    def _read_port(self) -> bool:
-        found = re.findall(r'"url": "https://[^"]*:(\d+)"', self.log)
-        self.port = int(found[-1]) if found else 0
-        return bool(found)
-
-    def _ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health/ready", verify=self.verify, timeout=1.0).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-
-def trusting(certificates: Certificates, *, with_own: bool = False) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=certificates.ca)
-    if with_own:
-        context.load_cert_chain(certificates.client, certificates.client_key)
-    return context
 
 
 @pytest.fixture
@@ -105,6 +76,30 @@ def test_a_renewed_certificate_is_taken_over_without_a_restart(secure: SecureSer
     until(taken_over, "the renewed certificate")
 
 
+def test_an_authority_that_comes_into_the_file_is_trusted_without_a_restart(
+    secure: SecureServer, certificates: Certificates, tmp_path: Path
+) -> None:
+    authorities = tmp_path / "authorities.pem"
+    shutil.copy(certificates.ca, authorities)
+    secure.settings["SUREFOOT_TLS_CLIENT_CA"] = str(authorities)
+    secure.verify = trusting(certificates, with_own=True)
+    secure.start()
+    others = Certificates(new_folder(tmp_path / "others"), authority="another authority")
+    caller = ssl.create_default_context(cafile=certificates.ca)
+    caller.load_cert_chain(others.client, others.client_key)
+
+    def let_in(context: ssl.SSLContext) -> bool:
+        try:
+            return httpx.get(f"{secure.url}/health/live", verify=context).is_success
+        except httpx.HTTPError:
+            return False
+
+    assert not let_in(caller)
+    authorities.write_bytes(certificates.ca.read_bytes() + others.ca.read_bytes())
+    until(lambda: let_in(caller), "trust in the new authority")
+    assert let_in(secure.verify), "and the one before still counts"
+
+
 def new_folder(path: Path) -> Path:
     path.mkdir()
     return path
@@ -152,3 +147,66 @@ def test_a_pair_that_does_not_match_is_not_taken_over(certificates: Certificates
     shutil.copy(certificates.client_key, key)
     assert renewal.run_once()
     assert not renewal.run_once()
+
+
+def test_authorities_that_do_not_load_leave_the_pair_and_those_before(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    cert, key, ca = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
+    for file, source in ((cert, certificates.server), (key, certificates.server_key), (ca, certificates.ca)):
+        shutil.copy(source, file)
+    context = certificates.context()
+    renewal = tls.Renewal(Settings(tls_cert=cert, tls_key=key, tls_client_ca=ca), context)
+    before = context.get_ca_certs(binary_form=True)
+    ca.write_text("nothing")
+    assert not renewal.run_once()
+    assert context.get_ca_certs(binary_form=True) == before
+    ca.write_bytes(Certificates(new_folder(tmp_path / "others")).ca.read_bytes())
+    assert renewal.run_once()
+    assert len(context.get_ca_certs()) == len(before) + 1
+
+
+def asks(server: SecureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process the environment in which a container's health check would run."""
+    for name, value in (server.settings | {"SUREFOOT_HOST": "0.0.0.0", "SUREFOOT_PORT": str(server.port)}).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_health_check_of_a_container_asks_over_https(
+    secure: SecureServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secure.start()
+    asks(secure, monkeypatch)
+    assert [health_check.main([what]) for what in ("live", "ready")] == [0, 0]
+    assert secure.stop() == 0
+    assert [health_check.main([what]) for what in ("live", "ready")] == [1, 1]
+    assert "live: " in capsys.readouterr().err
+
+
+def test_where_callers_need_a_certificate_ready_needs_one_and_live_does_not(
+    secure: SecureServer,
+    certificates: Certificates,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    secure.settings["SUREFOOT_TLS_CLIENT_CA"] = str(certificates.ca)
+    secure.verify = trusting(certificates, with_own=True)
+    secure.start()
+    asks(secure, monkeypatch)
+    own = ["--cert", str(certificates.client), "--key", str(certificates.client_key)]
+    assert health_check.main(["live"]) == 0
+    assert health_check.main(["ready", *own]) == 0
+    assert health_check.main(["ready"]) == 1
+    assert "--cert" in capsys.readouterr().err
+    assert secure.process is not None
+    (worker,) = [pid for pid in children(secure.process.pid) if is_worker(pid)]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        monkeypatch.setattr(health_check, "TIMEOUT_S", 0.2)
+        assert health_check.main(["live"]) == 1, "an open port alone is no sign of life"
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+def is_worker(pid: int) -> bool:
+    return b"service.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -88,7 +88,7 @@ def test_a_snapshot_and_copies_that_are_damaged_are_not_believed(tmp_path: Path,
         shared.stop()
         snapshot.write_bytes(snapshot.read_bytes()[:-2])
         admin.server.start()
-        assert admin.http.post("/v1/act", json={"policy": "toy", "state": STATE}).status_code == 404
+        assert admin.http.post("/v1/act", json={"policy": "toy", "state": STATE}).status_code == 503
         assert "control_snapshot_damaged" in admin.server.log
         shared.start()
         until(lambda: admin.http.get("/admin/policies/toy").status_code == 200, "Redis")

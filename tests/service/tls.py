@@ -1,4 +1,4 @@
-"""TLS for tests: a certificate authority with certificates of its own, and a front that ends TLS before a plain server.
+"""TLS for tests: an authority with certificates of its own, a front that ends TLS before a plain server, our service.
 
 `cryptography` makes the certificates; the front is a thread per connection and copies bytes.
 """
@@ -7,28 +7,33 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 import shutil
 import socket
 import ssl
 import threading
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.conftest import Server
+
 
 class Certificates:
     """An authority, a server for localhost, a client. Every file is PEM."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, authority: str = "authority of a test") -> None:
         self.ca, self.server, self.client = (folder / f"{name}.pem" for name in ("ca", "server", "client"))
         self.server_key, self.client_key = folder / "server.key", folder / "client.key"
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority of a test")])
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, authority)])
         self.ca.write_bytes(self._certificate(self._name, self._key, authority=True))
         for file, key_file in ((self.server, self.server_key), (self.client, self.client_key)):
             key = ec.generate_private_key(ec.SECP256R1())
@@ -71,6 +76,35 @@ class Certificates:
             .sign(self._key, hashes.SHA256())
         )
         return made.public_bytes(serialization.Encoding.PEM)
+
+
+@dataclass
+class SecureServer(Server):
+    """A service that is reached by HTTPS."""
+
+    verify: ssl.SSLContext = field(default_factory=ssl.create_default_context)
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    def _read_port(self) -> bool:
+        found = re.findall(r'"url": "https://[^"]*:(\d+)"', self.log)
+        self.port = int(found[-1]) if found else 0
+        return bool(found)
+
+    def _ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health/ready", verify=self.verify, timeout=1.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+def trusting(certificates: Certificates, *, with_own: bool = False) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=certificates.ca)
+    if with_own:
+        context.load_cert_chain(certificates.client, certificates.client_key)
+    return context
 
 
 class TlsFront:
