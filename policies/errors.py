@@ -3,6 +3,7 @@
     SurefootError
     ├── RequestError                 what the caller sent cannot be used; sending it again will not help
     │   ├── BadJson          400     the body is not JSON
+    │   ├── BadMsgpack       400     the body is not msgpack
     │   ├── InvalidField     422     a field has the wrong type, shape or value
     │   │   ├── UnknownField 422     a field or feature that does not exist
     │   │   ├── MissingField 422     a field or feature that must be there
@@ -81,6 +82,11 @@ class RequestError(SurefootError):
 class BadJson(RequestError):
     code = "bad_json"
     title = "The body is not valid JSON"
+
+
+class BadMsgpack(RequestError):
+    code = "bad_msgpack"
+    title = "The body is not valid msgpack"
 
 
 class InvalidField(RequestError):

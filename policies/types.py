@@ -87,7 +87,7 @@ class ObservationSpec:
             raise UnknownField(f"there is no feature {unknown!r}", f"state.{unknown}")
         return [state[name] for name in self.names]
 
-    def array(self, states: Sequence[object]) -> npt.NDArray[np.floating]:
+    def array(self, states: Sequence[object] | npt.NDArray[np.generic]) -> npt.NDArray[np.floating]:
         """Stack observations to one array [B, *shape] of the spec's dtype. They must have the right shape already."""
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which `finite_rows` finds
             return np.asarray(states, dtype=self.dtype).reshape(len(states), *self.shape)

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from policies.errors import (
@@ -30,25 +32,17 @@ from service.body import JSON, Disconnected, Scope, header, read_body, respond
 from service.callers import Caller, Callers
 from service.clock import Clock
 from service.coalesce import Coalescer
+from service.forms import MSGPACK, Asked, AskedBatch, form_of, wants_msgpack
 from service.idempotency import Idempotency
 from service.metrics import Metrics
+from service.packed import repacked
 from service.plan import Outcome, Row
 from service.problems import CONTENT_TYPE, problem
 from service.rewards import Rewards
 from service.roles import Permission
-from service.states import StateReader
+from service.states import StateReader, States
 from service.tracing import Tracing
-from service.wire import (
-    ActBatchRequest,
-    ActBatchResponse,
-    ActRequest,
-    ActResponse,
-    decode_act,
-    decode_act_batch,
-    decode_reward,
-    decode_reward_batch,
-    encode,
-)
+from service.wire import ActBatchResponse, ActResponse, decode_reward, decode_reward_batch, encode
 
 NEEDS_EPISODE = "this policy remembers what it saw, episode by episode: name the episode, and send its step"
 
@@ -117,7 +111,10 @@ class HotRoutes:
                 raise WrongMethod(f"{scope['path']} takes POST")
             body = await read_body(scope, receive, self._max_body_bytes, self._body_timeout_s)
             status, answer, headers = await handle(scope, body, caller)
-            await respond(send, status, answer, JSON, headers)
+            if wants_msgpack(scope):
+                await respond(send, status, repacked(answer), MSGPACK, headers)
+            else:
+                await respond(send, status, answer, JSON, headers)
         except Disconnected:
             return
         except SurefootError as error:
@@ -140,9 +137,9 @@ class HotRoutes:
 
     async def _act(self, scope: Scope, body: bytes, caller: Caller) -> Reply:
         started_s = self._clock.monotonic_s()
-        request = decode_act(body)
-        policy = self._find(request.policy, caller)
-        row = self._row(policy, request, self._tracing.parent(scope), started_s)
+        asked = form_of(scope).act(scope, body)
+        policy = self._find(asked.fields.policy, caller)
+        row = self._row(policy, asked, self._tracing.parent(scope), started_s)
         key = header(scope, b"idempotency-key")
         if key is None:
             return await self._decide_one(scope, policy, row)
@@ -167,13 +164,13 @@ class HotRoutes:
             caller.confine(name)
         return found
 
-    def _row(self, policy: Served, request: ActRequest, traceparent: str | None, arrived_s: float) -> Row:
-        state = policy.states.read(request.state)
-        _refuse_not_finite(policy, [state], ["state"])
+    def _row(self, policy: Served, asked: Asked, traceparent: str | None, arrived_s: float) -> Row:
+        request = asked.fields
+        states = _finite(policy, [asked.state(policy.states)], ["state"])
         if request.episode is None and policy.coalescer.decider.plan.recurrent:
             raise MissingField(NEEDS_EPISODE, "episode")
         return Row(
-            state=state,
+            state=states[0],
             key=request.key,
             episode=request.episode,
             step=request.step,
@@ -190,9 +187,9 @@ class HotRoutes:
 
     async def _act_batch(self, scope: Scope, body: bytes, caller: Caller) -> Reply:
         started_s = self._clock.monotonic_s()
-        request = decode_act_batch(body)
-        policy = self._find(request.policy, caller)
-        rows = self._rows(policy, request, self._tracing.parent(scope), started_s)
+        asked = form_of(scope).act_batch(scope, body)
+        policy = self._find(asked.fields.policy, caller)
+        rows = self._rows(policy, asked, self._tracing.parent(scope), started_s)
         outcomes = await policy.coalescer.decide(rows)
         for outcome in outcomes:
             if isinstance(outcome, ActResponse):
@@ -203,17 +200,15 @@ class HotRoutes:
         generation = min(generations, default=policy.coalescer.decider.plan.generation)
         return 200, encode(_columns(policy.name, generation, outcomes)), ()
 
-    def _rows(self, policy: Served, request: ActBatchRequest, traceparent: str | None, arrived_s: float) -> list[Row]:
-        count = len(request.states)
-        if not 1 <= count <= self._max_batch:
-            raise InvalidField(f"there must be 1 to {self._max_batch} states, got {count}", "states")
+    def _rows(self, policy: Served, asked: AskedBatch, traceparent: str | None, arrived_s: float) -> list[Row]:
+        request = asked.fields
+        sent = asked.states(policy.states, self._max_batch)
+        count = len(sent)
         columns = {name: getattr(request, name) for name in COLUMNS}
         for name, column in columns.items():
             if column is not None and len(column) != count:
                 raise InvalidField(f"there are {count} states, but {len(column)} {name}", name)
-        names = [f"states[{index}]" for index in range(count)]
-        states = [policy.states.read(raw, name) for raw, name in zip(request.states, names, strict=True)]
-        _refuse_not_finite(policy, states, names)
+        states = _finite(policy, sent, [f"states[{index}]" for index in range(count)])
         empty = [None] * count
         if policy.coalescer.decider.plan.recurrent and None in (columns["episodes"] or empty):
             raise MissingField(NEEDS_EPISODE, f"episodes[{(columns['episodes'] or empty).index(None)}]")
@@ -248,13 +243,17 @@ class HotRoutes:
         return 202, encode(response), ()
 
 
-def _refuse_not_finite(policy: Served, states: list[list[Any]], names: Sequence[str]) -> None:
-    """Refuse what the observation's dtype cannot hold; JSON itself has no NaN, but 1e300 is infinite as float32."""
+def _finite(policy: Served, states: States, names: Sequence[str]) -> npt.NDArray[np.floating]:
+    """Give observations as one array [B, *shape] of the spec's dtype, refusing what it cannot hold.
+
+    JSON itself has no NaN, but 1e300 is infinite as float32.
+    """
     array = policy.observation.array(states)
     index = policy.observation.first_not_finite(array)
     if index is not None:
         found = policy.observation.refuse_not_finite(array[index])
         raise NotFinite(found.detail, names[index] + (found.field or "").removeprefix("state"))
+    return array
 
 
 _COLUMNS = (

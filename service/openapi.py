@@ -49,8 +49,18 @@ _ROUTES: dict[str, tuple[str, str, str, str, dict[str, Any], dict[str, Any]]] = 
         "Reward several decisions", "RewardBatchRequest", "RewardBatchResponse", "202", {"rewards": [_REWARD]}, {},
     ),
 }  # fmt: skip
+_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Surefoot-Dtype": ("Raw bodies: what the numbers are, little-endian.", {"enum": ["<f4", "<f8", "|u1"]}),
+    "Surefoot-Shape": ("Raw bodies: of the state, as 84,84,4; of a batch with the number of states in front.", {}),
+    "Inference-Header-Content-Length": ("Raw bodies: bytes of JSON before the numbers.", {"pattern": "^[0-9]+$"}),
+}
+_RAW = {
+    "type": "string",
+    "format": "binary",
+    "description": "The other fields as JSON, unless there are none, and the numbers as they lie in memory behind it.",
+}
 _PROBLEMS = {
-    "400": "Not JSON", "401": "No valid token", "404": "Unknown policy or decision", "408": "The body came too slowly",
+    "400": "Not read", "401": "No valid token", "404": "Unknown policy or decision", "408": "The body came too slowly",
     "409": "Conflict", "413": "The body is too large", "422": "A field is wrong", "503": "Not kept; try again later",
 }  # fmt: skip
 
@@ -74,20 +84,28 @@ def _operation(path: str) -> dict[str, Any]:
     answers = {
         code: _content(text, "Problem", {}, "application/problem+json") for code, text in sorted(_PROBLEMS.items())
     }
+    sends = _content("", request, sent)
     parameters = []
     if path == "/v1/act":
-        parameters = [
-            {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 257},
-             "description": "A repeat under the same key returns the stored answer."}
-        ]  # fmt: skip
+        parameters.append(_header("Idempotency-Key", "A repeat returns the stored answer.", {"maxLength": 257}))
+    if path.startswith("/v1/act"):
+        parameters += [_header(name, *about) for name, about in _HEADERS.items()]
+        sends["content"] |= _content("", request, {}, "application/msgpack")["content"]
+        sends["content"]["application/octet-stream"] = {"schema": _RAW}
+    receives = _content(summary, response, received)
+    receives["content"] |= _content("", response, {}, "application/msgpack")["content"]
     return {
         "operationId": path.removeprefix("/v1/").replace("/", "_"),
         "summary": summary,
         "tags": ["decisions"],
         "parameters": parameters,
-        "requestBody": {"required": True, **_content("", request, sent)},
-        "responses": {status: _content(summary, response, received), **answers},
+        "requestBody": {"required": True, **sends},
+        "responses": {status: receives, **answers},
     }
+
+
+def _header(name: str, text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "header", "schema": {"type": "string", **schema}, "description": text}
 
 
 def _content(text: str, schema: str, example: dict[str, Any], media: str = "application/json") -> dict[str, Any]:

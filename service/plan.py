@@ -41,7 +41,7 @@ Outcome = ActResponse | SurefootError  # what a row is answered with
 class Row:
     """One state to decide on, checked against the policy's spec."""
 
-    state: list[object]  # in the spec's order and shape
+    state: list[object] | npt.NDArray[np.generic]  # in the spec's order and shape
     key: str | None = None
     episode: str | None = None
     step: int | None = None

@@ -47,6 +47,7 @@ def reward_event(request: RewardRequest, policy: Rewarded, at_ms: int, tracepare
     executed_action = ""
     if request.executed_action is not None:
         executed_action = action_text(policy.action.parse(request.executed_action, "executed_action"))
+    next_state = _next_state(request, policy)  # before the digest, which trusts it
     return RewardEvent(
         id=request.decision_id or "",
         reward_id=request.reward_id or "",
@@ -55,7 +56,7 @@ def reward_event(request: RewardRequest, policy: Rewarded, at_ms: int, tracepare
         until_ms=at_ms + policy.window_ms,
         flags=_flags(request),
         executed_action=executed_action,
-        next_state=_next_state(request, policy),
+        next_state=next_state,
         reward=repr(reward),
         record=_record(request, reward, traceparent),
     )

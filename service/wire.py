@@ -41,10 +41,9 @@ class AllowedBox(Struct, forbid_unknown_fields=True, frozen=True):
 Allowed = list[Choice | list[Choice] | None] | AllowedBox
 
 
-class ActRequest(Struct, forbid_unknown_fields=True, frozen=True):
-    """Ask for one action."""
+class ActFields(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What a question for one action says beside its state."""
 
-    state: Raw
     policy: Name | None = None
     key: Name | None = None
     episode: Name | None = None
@@ -56,10 +55,15 @@ class ActRequest(Struct, forbid_unknown_fields=True, frozen=True):
     include: tuple[Literal["values", "distribution"], ...] = ()
 
 
-class ActBatchRequest(Struct, forbid_unknown_fields=True, frozen=True):
-    """Ask for an action for each of several states of one policy. Columns have one element per state."""
+class ActRequest(ActFields, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Ask for one action."""
 
-    states: list[Raw]
+    state: Raw
+
+
+class ActBatchFields(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What a question for several actions says beside its states. Columns have one element per state."""
+
     policy: Name | None = None
     keys: list[Name | None] | None = None
     episodes: list[Name | None] | None = None
@@ -68,6 +72,12 @@ class ActBatchRequest(Struct, forbid_unknown_fields=True, frozen=True):
     allowed_actions: list[Allowed | None] | None = None
     previous_actions: list[Action | None] | None = None
     explore: bool = True
+
+
+class ActBatchRequest(ActBatchFields, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Ask for an action for each of several states of one policy."""
+
+    states: list[Raw]
 
 
 class Exploration(Struct, frozen=True):
@@ -215,13 +225,15 @@ class Problem(Struct, frozen=True, omit_defaults=True):
 
 _encoder = msgspec.json.Encoder()
 _act = msgspec.json.Decoder(ActRequest)
+_act_fields = msgspec.json.Decoder(ActFields)
 _act_batch = msgspec.json.Decoder(ActBatchRequest)
+_act_batch_fields = msgspec.json.Decoder(ActBatchFields)
 _reward = msgspec.json.Decoder(RewardRequest)
 _reward_batch = msgspec.json.Decoder(RewardBatchRequest)
 
 T = TypeVar("T")
 
-_PATH = re.compile(r" - at `(?:key in )?\$(?P<path>[^`]*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>[^`]*)`")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 
@@ -279,8 +291,16 @@ def decode_act(body: bytes) -> ActRequest:
     return _decode(_act, body)
 
 
+def decode_act_fields(body: bytes) -> ActFields:
+    return _decode(_act_fields, body)
+
+
 def decode_act_batch(body: bytes) -> ActBatchRequest:
     return _decode(_act_batch, body)
+
+
+def decode_act_batch_fields(body: bytes) -> ActBatchFields:
+    return _decode(_act_batch_fields, body)
 
 
 def decode_reward(body: bytes) -> RewardRequest:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, get_args
 
 import httpx
 
+from surefoot._binary import Wire
 from surefoot._protocol import Call, Failure, Reply
 from surefoot.backoff import Backoff
 
@@ -30,12 +31,15 @@ class ClientOptions(TypedDict, total=False):
     retry_for_s: how long one call may go on trying, its waits included; 0 for a single attempt.
     idempotent: send an Idempotency-Key with every `act`, so that it too can be repeated when an answer was lost. It
     costs the service one round trip to Redis for each decision.
+    wire: how states go: "auto", arrays of more than 256 numbers as raw numbers and all else as JSON; "json"; "binary",
+    raw whatever numpy can read as numbers.
     """
 
     token: str | None
     timeout_s: float
     retry_for_s: float
     idempotent: bool
+    wire: Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,11 @@ class Options:
     timeout_s: float = 2.0
     retry_for_s: float = 30.0
     idempotent: bool = False
+    wire: Wire = "auto"
 
     def __post_init__(self) -> None:
+        if self.wire not in get_args(Wire):
+            raise ValueError(f"wire must be one of {', '.join(get_args(Wire))}, got {self.wire!r}")
         if self.timeout_s <= 0 or self.retry_for_s < 0:
             raise ValueError("timeout_s must be positive and retry_for_s not negative")
 

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from surefoot import answers
+from surefoot import _binary, answers
+from surefoot._binary import Wire
 from surefoot._values import allowed, allowed_by_row, number, plain
 from surefoot.answers import BatchDecisions, Decision, RewardReceipt
 from surefoot.backoff import Backoff
@@ -185,6 +186,7 @@ class Attempts(Generic[T]):
 
 def act(
     state: Any,
+    wire: Wire = "auto",
     *,
     policy: str | None = None,
     key: str | None = None,
@@ -197,8 +199,7 @@ def act(
     include: Sequence[Include] = (),
     idempotency_key: str | None = None,
 ) -> Call[Decision]:
-    body = {
-        "state": plain(state, "state"),
+    fields = {
         "policy": policy,
         "key": key,
         "episode": episode,
@@ -209,12 +210,14 @@ def act(
         "explore": None if explore else False,
         "include": list(include) or None,
     }
-    call = Call("POST", "/v1/act", answers.read_decision, _encode(body), repeatable=False)
+    body, headers = _binary.request("state", state, fields, wire)
+    call = Call("POST", "/v1/act", answers.read_decision, body, headers, repeatable=False)
     return call.with_key(idempotency_key) if idempotency_key is not None else call
 
 
 def act_batch(
     states: Any,
+    wire: Wire = "auto",
     *,
     policy: str | None = None,
     keys: Names | None = None,
@@ -232,14 +235,14 @@ def act_batch(
         "contexts": contexts,
         "previous_actions": previous_actions,
     }
-    body = {
-        "states": plain(states, "states"),
+    fields = {
         "policy": policy,
         **{name: plain(column, name) for name, column in columns.items()},
         "allowed_actions": allowed_by_row(allowed_actions, "allowed_actions"),
         "explore": None if explore else False,
     }
-    return Call("POST", "/v1/act/batch", answers.read_batch, _encode(body), repeatable=False)
+    body, headers = _binary.request("states", states, fields, wire)
+    return Call("POST", "/v1/act/batch", answers.read_batch, body, headers, repeatable=False)
 
 
 def reward(decision_id: str, value: Number | None, **options: Any) -> Call[RewardReceipt]:

@@ -62,12 +62,17 @@ def _ends(ends: Any, path: str, open_end: float | None) -> Any:
     return [None if end == open_end else plain(end, f"{path}[{index}]") for index, end in enumerate(found)]
 
 
+def refuse_not_finite(array: np.ndarray[Any, Any], path: str) -> None:
+    """Raise NotFinite, naming the first element of an array of numbers that is not finite."""
+    finite = np.isfinite(array)
+    if not finite.all():
+        first = np.argwhere(~finite)[0]
+        _finite(float(array[tuple(first)]), path + "".join(f"[{index}]" for index in first))
+
+
 def _from_array(array: np.ndarray[Any, Any], path: str) -> Any:
     if array.dtype.kind == "f":
-        wrong = np.argwhere(~np.isfinite(array))
-        if len(wrong):
-            element = path + "".join(f"[{index}]" for index in wrong[0])
-            _finite(float(array[tuple(wrong[0])]), element)
+        refuse_not_finite(array, path)
         return array.tolist()
     if array.dtype.kind in "biuU":
         return array.tolist()

@@ -37,11 +37,11 @@ class AsyncClient:
 
     async def act(self, state: Any, **options: Unpack[ActOptions]) -> Decision:
         """Ask for one action; see `Client.act`."""
-        return await self._call(self._options.keyed(protocol.act(state, **options)))
+        return await self._call(self._options.keyed(protocol.act(state, self._options.wire, **options)))
 
     async def act_batch(self, states: Any, **options: Unpack[ActBatchOptions]) -> BatchDecisions:
         """Ask for an action for each of several states; see `Client.act_batch`."""
-        return await self._call(protocol.act_batch(states, **options))
+        return await self._call(protocol.act_batch(states, self._options.wire, **options))
 
     async def reward(
         self, decision_id: str, reward: Number | None = None, **options: Unpack[RewardOptions]

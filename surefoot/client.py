@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Client:
     """Asks a Surefoot service for actions and posts rewards. Thread-safe; keeps connections open.
 
-    Options: `token`, `timeout_s`, `retry_for_s`, `idempotent`; see `ClientOptions`.
+    Options: `token`, `timeout_s`, `retry_for_s`, `idempotent`, `wire`; see `ClientOptions`.
     Every call raises an ApiError when the service refuses, Unreachable when no answer came within `retry_for_s`, and
     NotFinite or InvalidField, before anything is sent, for what JSON cannot carry.
     """
@@ -47,7 +47,7 @@ class Client:
         `explore`, `include`, `idempotency_key`; see `ActOptions`. After Unreachable with `maybe_received` a decision
         may have been recorded that nobody carries out: ask again under the next `step`, or use `idempotent=True`.
         """
-        return self._call(self._options.keyed(protocol.act(state, **options)))
+        return self._call(self._options.keyed(protocol.act(state, self._options.wire, **options)))
 
     def act_batch(self, states: Any, **options: Unpack[ActBatchOptions]) -> BatchDecisions:
         """Ask for an action for each of several states [B, ...] of one policy. Rows that fail stand in `errors`.
@@ -55,7 +55,7 @@ class Client:
         Options: `policy`, `keys`, `episodes`, `steps`, `contexts`, `allowed_actions`, `previous_actions`,
         `explore`.
         """
-        return self._call(protocol.act_batch(states, **options))
+        return self._call(protocol.act_batch(states, self._options.wire, **options))
 
     def reward(self, decision_id: str, reward: Number | None = None, **options: Unpack[RewardOptions]) -> RewardReceipt:
         """Post the reward of a decision; when this returns, it is durable. `reward` may be left out where the policy

@@ -34,6 +34,34 @@ def linear(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
 
 
+def flattened(shape: Sequence[int], weights: Sequence[Sequence[float]], dtype: str = "float32") -> onnx.ModelProto:
+    """A network that answers states [B, *shape] of either dtype with their elements, in order, @ weights."""
+    kind = TensorProto.FLOAT if dtype == "float32" else TensorProto.DOUBLE
+    w = np.asarray(weights, dtype=dtype)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["observation"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["q_values"]),
+        ],
+        "flattened",
+        [helper.make_tensor_value_info("observation", kind, ["batch", *shape])],
+        [helper.make_tensor_value_info("q_values", kind, ["batch", w.shape[1]])],
+        [numpy_helper.from_array(w, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def flattened_files(
+    shape: Sequence[int], actions: int = 2, *, dtype: str = "float32", **changes: Any
+) -> dict[str, bytes]:
+    """A bundle around `flattened`, its weights drawn with a fixed seed; features are not named."""
+    weights = np.random.default_rng(7).normal(size=(int(np.prod(shape)), actions)).astype(np.float32)
+    observation = {"shape": list(shape), "dtype": dtype}
+    golden = [np.zeros(shape).tolist()]
+    network = flattened(shape, weights.tolist(), dtype)
+    return bundle_files(network, golden, [[0.0] * actions], **{"observation": observation, **changes})
+
+
 def logarithm(n: int = 2) -> onnx.ModelProto:
     """A network that answers states [B, n] with log(states): NaN for a negative element, -inf for zero."""
     graph = helper.make_graph(

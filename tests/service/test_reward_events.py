@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from policies.errors import InvalidField, MissingField, NotFinite
+from policies.errors import BadJson, InvalidField, MissingField, NotFinite
 from policies.types import Choices, ObservationSpec
 from service.decision import RewardFlags, decode_reward_record
 from service.reward_events import Rewarded, episode_event, reward_event
@@ -52,6 +52,13 @@ def test_a_decisions_reward() -> None:
 )
 def test_what_is_said_besides(said: dict[str, bool], flags: RewardFlags) -> None:
     assert reward_event(request(decision_id="d", reward=1, **said), rewarded(), 0, None).flags == flags
+
+
+def test_a_next_state_whose_text_is_not_utf_8_is_refused() -> None:
+    sent = decode_reward(b'{"decision_id": "d", "reward": 1, "next_state": {"\xff": 1}}')
+    with pytest.raises(BadJson) as caught:
+        reward_event(sent, rewarded(), 0, None)
+    assert caught.value.field == "next_state"
 
 
 def test_what_was_sent_is_recorded_beside_what_was_made_of_it() -> None:

@@ -21,7 +21,7 @@ from policies.errors import (
     UnknownField,
 )
 from policies.types import Feature, ObservationSpec
-from service import openapi, wire
+from service import forms, openapi, wire
 from service.problems import problem
 from service.states import StateReader
 
@@ -154,6 +154,19 @@ def test_the_openapi_part_refers_only_to_schemas_that_exist_and_its_examples_are
         read(msgspec.json.encode(example))
     answer = paths["/v1/act"]["post"]["responses"]["200"]["content"]["application/json"]["example"]
     msgspec.convert(answer, wire.ActResponse)
+
+
+def test_the_openapi_part_lists_what_bodies_may_be() -> None:
+    for path, item in openapi.paths().items():
+        operation = item["post"]
+        media = {"application/json"}
+        if path.startswith("/v1/act"):
+            media |= {"application/msgpack", "application/octet-stream"}
+            named = {each["name"] for each in operation["parameters"]}
+            assert named - {"Idempotency-Key"} == {forms.DTYPE, forms.SHAPE, forms.JSON_LENGTH}
+        assert operation["requestBody"]["content"].keys() == media
+        status = "202" if "reward" in path else "200"
+        assert operation["responses"][status]["content"].keys() == {"application/json", "application/msgpack"}
 
 
 def test_a_deployment_is_decoded_with_the_same_complaints() -> None:

@@ -53,8 +53,8 @@ def test_an_unknown_code_is_an_api_error_with_that_code() -> None:
 
 def test_the_requests_have_the_services_fields() -> None:
     for build, request, own in (
-        (protocol.act, wire.ActRequest, {"idempotency_key"}),
-        (protocol.act_batch, wire.ActBatchRequest, set()),
+        (protocol.act, wire.ActRequest, {"idempotency_key", "wire"}),
+        (protocol.act_batch, wire.ActBatchRequest, {"wire"}),
         (protocol._reward_body, wire.RewardRequest, {"path", "value"}),
     ):
         parameters = set(inspect.signature(build).parameters) - own
