@@ -142,6 +142,12 @@ async def recalibrate(policy: str, worker: Worker) -> Response:
     return Response(status_code=204)
 
 
+@router.get("/policies/{policy}/estimates", summary="What versions would be worth, and whether a shadow may be tried")
+async def estimates(policy: str, worker: Worker) -> Response:
+    found = worker.estimating.view(find(worker, policy).name)
+    return Response(msgspec.json.encode(found), media_type="application/json")
+
+
 @router.get("/policies/{policy}/shadows", summary="What this replica's shadows have come to")
 async def shadows(policy: str, worker: Worker) -> Response:
     state = find(worker, policy)

@@ -82,6 +82,7 @@ async def _answer(state: PolicyState, worker: Runtime) -> Response:
     standing = None if document is None else document.standing
     if standing is None or view is None or view.of != f"{standing.id}:{standing.generation}":
         view = None  # of another rollout, or step
+    told = worker.estimating.told(state.name)
     body = {
         "policy": state.name,
         "generation": state.generation,
@@ -92,6 +93,6 @@ async def _answer(state: PolicyState, worker: Runtime) -> Response:
         "next": "" if view is None else view.next,
         "evidence": None if view is None else view.evidence,
         "gate": None if view is None else view.gate,
-        "estimates": {},
+        "estimates": {} if told is None else {label: each.estimates for label, each in told.versions.items()},
     }
     return Response(msgspec.json.encode(body), media_type="application/json", headers=tag(state))

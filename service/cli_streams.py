@@ -41,8 +41,8 @@ def groups(policy: str, as_json: AsJson = False) -> None:
         typer.echo(f"{view.name}: {view.entries} entries, {_size(view.bytes)}, oldest {_span(view.oldest_s)}")
         for group in sorted(view.groups, key=view.needed_by, reverse=True):
             typer.echo(f"  {group.name}: {_standing(view, group)}")
-        if not view.groups:
-            typer.echo("  no group: entries go by age and size")
+        if view.reason == "no_group":
+            typer.echo(f"  no {'other ' if view.groups else ''}group: entries go by age and size")
     if not views:
         typer.echo(f"{policy} has no streams", err=True)
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from policies.types import Role
 from safety.types import FallbackReason
+from service.estimate_metrics import EstimateMetrics
 from service.shadow_metrics import ShadowMetrics
 from service.wire import INTERNAL, UNRECORDED, ActResponse
 
@@ -201,6 +202,7 @@ class Metrics:
         self.audit_faults = self._counter("audit_faults", "Audit logs found wrong: `file` or `fork`.", "kind")
         self.control_age = self._gauge("control_age_seconds", "Since deployments were last read from Redis.")
         self.shadows = ShadowMetrics(registry, SECONDS)
+        self.estimates = EstimateMetrics(registry)
         self.info = Gauge(
             "surefoot_policy_info", "Loaded versions.", ["policy", "version", "digest", "role"], registry=registry
         )

@@ -22,6 +22,8 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:{policy}:explore  explore:<kind>:<window>  burn    what `leases.py` keeps: exploration's budget, lent in portions
     sf:{policy}:lim:k:<digest>  all  h:<holder>  memory    what `limit_calls.py` keeps: limits on executions
     sf:{policy}:shadow:<version>                     what `shadow_stream.py` keeps: what shadows have scored
+    sf:{policy}:estimates  estimates:through         what `estimate_store.py` keeps: live estimates
+    sf:{policy}:leader                               what `leader.py` keeps: which worker leads
     sf:{policy}:mem:<digest>                         what `memory_store.py` keeps: episodes by name, their last step
 
 Strategy: one round trip for each call; `redis_connection.py` sends it once, and the shipper decides what is repeated.

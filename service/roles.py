@@ -54,6 +54,7 @@ ROUTES: Final[Mapping[tuple[str, str], Permission]] = {
     ("PUT", f"{_POLICY}/exploration"): "operate",
     ("GET", f"{_POLICY}/calibration"): "read",
     ("DELETE", f"{_POLICY}/calibration"): "operate",
+    ("GET", f"{_POLICY}/estimates"): "read",
     ("GET", f"{_POLICY}/shadows"): "read",
     ("PUT", f"{_POLICY}/shadows/{{label}}"): "operate",
     ("DELETE", f"{_POLICY}/shadows/{{label}}"): "operate",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -89,7 +89,7 @@ return 1
 log = structlog.get_logger(__name__)
 _encode, _decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Kept).decode
 _json = msgspec.json.Encoder().encode
-GateOf = Callable[[str, str], Awaitable[GateVerdict | None]]
+GateOf = Callable[[str, str], GateVerdict | None]
 
 
 class View(msgspec.Struct, frozen=True):
@@ -175,7 +175,7 @@ class Rollouts:
         if not await self._leader.leads(state.name):
             self._watches.pop(state.name, None)
             return
-        gate = await self._gate_of(state.name, standing.version) if standing.stage is Stage.SHADOW else None
+        gate = self._gate_of(state.name, standing.version) if standing.stage is Stage.SHADOW else None
         watch = self._watches.get(state.name)
         if watch is None or watch.of != of:
             watch = self._watches[state.name] = await self._open(state.name, document, standing, of)

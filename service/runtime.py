@@ -33,6 +33,8 @@ from service.catalog import Catalog
 from service.changes import Changes
 from service.clock import SystemClock
 from service.control import Control, Snapshot
+from service.estimate_plans import plans
+from service.estimating import Estimating
 from service.gate import Gate
 from service.guarding import Guarding
 from service.hot import HotRoutes, Served
@@ -90,6 +92,7 @@ class Runtime:
     trimming: Trimming
     watch: StoreWatch
     shadows: Shadows
+    estimating: Estimating
     clock: SystemClock
     admission: Admission
     rollouts: Rollouts
@@ -202,6 +205,8 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
         stack.push_async_callback(idempotency.aclose)
         hot = _hot_routes(serving, catalog.absence, rewards, idempotency, tracing, admission.callers)
         changes = Changes(catalog, clock)
+        leader = Leader(streams)
+        estimating = Estimating(streams, leader, clock, metrics.estimates)
         runtime = Runtime(
             settings,
             metrics,
@@ -222,18 +227,15 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             Trimming(streams, metrics, Rules.of(settings)),
             StoreWatch(streams, metrics, settings.durability, ledger.confirm),
             shadows,
+            estimating,
             clock,
             admission,
-            Rollouts(streams, Leader(streams), catalog, changes, clock, _no_gate),
+            Rollouts(streams, leader, catalog, changes, clock, estimating.gate_of),
             RolloutChanges(changes, clock),
         )
         async with _loops(runtime):
             await runtime.refresh_store()
             yield runtime
-
-
-async def _no_gate(policy: str, label: str) -> None:
-    return None
 
 
 def read_seeds(settings: Settings, gate: Gate) -> list[StoredPolicy]:
@@ -323,6 +325,7 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("burning", lambda: runtime.burning.run(runtime.guarding.burn_limits)),
             ("shadows", runtime.shadows.stream.run),
             ("rollouts", runtime.rollouts.run),
+            ("estimating", lambda: runtime.estimating.run(lambda: plans(runtime.catalog.states.values()))),
             ("trimming", lambda: runtime.trimming.run(runtime.policies)),
         )
     ]

@@ -4,6 +4,8 @@
 -- at the memory cap too (`trimming.py` puts the flag `allow-oom` in front), for that is when it is needed.
 -- Strategy: `~` frees whole nodes only, which costs next to nothing; LIMIT bounds the call, and keeps the newest `keep`.
 -- Without groups entries go by age, then by size. Nothing is told to Redis's ACKED option: MINID alone is exact enough.
+-- Groups of the service itself (`surefoot.…`) are no readers: they hold what they need, but what they have had is not read.
+-- With them alone entries go by age as far as they allow, and by size: who needs more than fits begins anew.
 --
 -- KEYS[1]  base B, "sf:{policy}"
 -- ARGV     stream, max_age_ms, max_bytes, keep, settle_ms, limit (0: only tell)
@@ -63,7 +65,7 @@ local function idle_ms(name, consumers)
   return least
 end
 
-local groups, hold = {}, nil
+local groups, hold, trainers = {}, nil, 0
 for _, flat in ipairs(c('XINFO', 'GROUPS', KEY)) do
   local g = mapped(flat)
   local delivered = g['last-delivered-id']
@@ -73,6 +75,7 @@ for _, flat in ipairs(c('XINFO', 'GROUPS', KEY)) do
     if before(first, needed) then needed = first end
   end
   if not hold or before(needed, hold) then hold = needed end
+  if string.sub(g.name, 1, 9) ~= 'surefoot.' then trainers = trainers + 1 end
   groups[#groups + 1] = {g.name, g.consumers, g.pending, g.lag or -1, delivered, needed, idle_ms(g.name, g.consumers)}
 end
 if limit > 0 then
@@ -95,12 +98,14 @@ local function until_ms(ms) return whole(math.max(0, ms)) .. '-0' end
 
 local length = c('XLEN', KEY)
 local gone, size = 0, nil
-if limit > 0 and hold then
+if limit > 0 and trainers > 0 then
   local settled = until_ms(now - settle)
   if before(settled, hold) then hold = settled end
   gone = trim('MINID', hold, math.min(limit, length - keep))
 elseif limit > 0 then
-  gone = trim('MINID', until_ms(now - max_age), limit)
+  local old = until_ms(now - max_age)
+  if hold and before(hold, old) then old = hold end
+  gone = trim('MINID', old, limit)
   size = bytes()
   if size > max_bytes then
     local over = trim('MAXLEN', whole(math.floor((length - gone) * max_bytes / size)), limit)

@@ -5,8 +5,8 @@ knows nothing of what is in an entry, and never removes a group: only an operato
 Strategy: all is decided inside the script, by Redis's clock, so that any number of replicas may run it at once: each
 frees what the others have left. What is younger than `SETTLE_MS` stays though every group has it, for `burning.py`
 reads the stream without one; so do the newest `keep` entries, which dry runs of rules read (`recent.py`).
-Promise: nothing at or past what any group has yet to acknowledge goes. Without groups age and size decide, and what
-goes so is counted as `no_group`.
+Promise: nothing at or past what any group has yet to acknowledge goes. Without groups, the service's own apart, age and
+size decide, and what goes so is counted as `no_group`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ LIMIT: Final = 10_000
 ROUNDS: Final = 100  # for each stream and turn: 200,000 entries a second, 20 times what one core joins
 GROUPS_SHOWN: Final = 16  # of a stream, with labels of their own
 OTHERS: Final = "other"
+OURS: Final = "surefoot."  # names of groups by which the service itself holds a stream; `trim.lua` knows them, too
 # The flag lets the script write at the memory cap; without such a first line Redis decides command by command.
 TRIM: Final = b"#!lua flags=allow-oom\n" + (Path(__file__).parent / "trim.lua").read_bytes()
 
@@ -93,7 +94,7 @@ class StreamView:
 
     @property
     def reason(self) -> Reason:
-        return "acknowledged" if self.groups else "no_group"
+        return "acknowledged" if any(not group.name.startswith(OURS) for group in self.groups) else "no_group"
 
     @property
     def oldest_s(self) -> float:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-from scipy.special import stdtrit
 
 from policies.types import Floats
 
@@ -33,6 +32,8 @@ class Figure:
 
     def interval(self, level: float) -> tuple[float, float]:
         """Two-sided interval: right as units become many."""
+        from scipy.special import stdtrit  # takes a moment to load: only with the first interval
+
         width = float(stdtrit(self.freedom, 0.5 + level / 2.0)) * self.error
         return self.value - width, self.value + width
 

@@ -104,6 +104,7 @@ def desk(in_force: Plan) -> Iterator[Desk]:
             {"toy": served},
             never,
             never,
+            never,
             METRICS,
             Tracing(),
             clock,

@@ -101,7 +101,7 @@ class World:
         begins = begun(first, "v2", "digest", "r1", "", self.clock.event_ms())
         await self.documents.begin(replace(begins, generation=2))
 
-    async def gate_of(self, policy: str, label: str) -> GateVerdict | None:
+    def gate_of(self, policy: str, label: str) -> GateVerdict | None:
         return self.gate
 
     def controller(self, name: str, streams: RedisStreams | None = None, leader: Leader | None = None) -> Rollouts:
