@@ -203,7 +203,7 @@ class Decider:
         if row.episode is None:
             return assign(plan.routes, unit_of(plan.routes.route_by, row.key, None, decision_id))
         pin = self.pins.get(row.episode)
-        if pin is None or pin.version not in plan.versions or pin.version in plan.barred:
+        if pin is None or not plan.keeps(pin.version):
             pin = assign(plan.routes, unit_of(plan.routes.route_by, row.key, row.episode, decision_id))
             self.pins.put(row.episode, pin)
         return pin

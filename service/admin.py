@@ -96,10 +96,10 @@ async def deployment(policy: str, worker: Worker) -> JSONResponse:
 
 
 @router.put("/policies/{policy}/deployment", summary="Say which version decides, and how", openapi_extra=_DEPLOYMENT)
-async def deploy(policy: str, request: Request, worker: Worker, by: By, if_match: IfMatch = None) -> JSONResponse:
+async def deploy(policy: str, request: Request, worker: Worker, by: By, if_match: IfMatch = None) -> Response:
     body = await request.body()
     state = await worker.changes.deploy(policy, decode(body, Deployment), generation_of(if_match), by)
-    return JSONResponse(policy_view(state), headers=tag(state))
+    return await changed(worker, state, policy_view(state))
 
 
 @router.get("/policies/{policy}/halts", summary="Which kill switches are on")
@@ -109,10 +109,10 @@ async def halts(policy: str, worker: Worker) -> JSONResponse:
 
 
 @router.put("/policies/{policy}/halts", summary="Say which kill switches are on", openapi_extra=_HALTS)
-async def halt(policy: str, request: Request, worker: Worker, by: By) -> JSONResponse:
+async def halt(policy: str, request: Request, worker: Worker, by: By) -> Response:
     wanted = decode(await request.body(), Halts)
     state = await worker.changes.halt(policy, wanted.on, by)
-    return JSONResponse(halts_view(state), headers=tag(state))
+    return await changed(worker, state, halts_view(state))
 
 
 @router.get("/policies/{policy}/exploration", summary="How a policy explores, and its budgets")
@@ -125,7 +125,7 @@ async def exploration(policy: str, worker: Worker) -> Response:
 async def explore(policy: str, request: Request, worker: Worker, by: By, if_match: IfMatch = None) -> Response:
     wanted = decode(await request.body(), Exploration)
     state = await worker.changes.explore(policy, wanted, generation_of(if_match), by)
-    return Response(msgspec.json.encode(exploration_view(state)), media_type="application/json", headers=tag(state))
+    return await changed(worker, state, exploration_view(state))
 
 
 @router.get("/policies/{policy}/calibration", summary="Whether recorded probabilities are the true ones")
@@ -156,15 +156,15 @@ async def shadows(policy: str, worker: Worker) -> Response:
 
 
 @router.put("/policies/{policy}/shadows/{label}", summary="Let a version watch: it is shown decisions, and makes none")
-async def watch(policy: str, label: str, worker: Worker, by: By) -> JSONResponse:
+async def watch(policy: str, label: str, worker: Worker, by: By) -> Response:
     state = await worker.changes.watch(policy, label, by, watches=True)
-    return JSONResponse(policy_view(state), headers=tag(state))
+    return await changed(worker, state, policy_view(state))
 
 
 @router.delete("/policies/{policy}/shadows/{label}", summary="Let a version watch no more")
-async def unwatch(policy: str, label: str, worker: Worker, by: By) -> JSONResponse:
+async def unwatch(policy: str, label: str, worker: Worker, by: By) -> Response:
     state = await worker.changes.watch(policy, label, by, watches=False)
-    return JSONResponse(policy_view(state), headers=tag(state))
+    return await changed(worker, state, policy_view(state))
 
 
 @router.get("/policies/{policy}/safety", summary="The policy's safety.yaml; empty: it has no rules")
@@ -177,12 +177,12 @@ async def safety(policy: str, worker: Worker) -> Response:
 @router.put("/policies/{policy}/safety", summary="Replace the policy's safety.yaml", openapi_extra=_SAFETY)
 async def rule(
     policy: str, request: Request, worker: Worker, caller: Whoever, if_match: IfMatch = None, owner: Owner = None
-) -> JSONResponse:
+) -> Response:
     """Rules belong to whose token set them first. Only an admin replaces another's, or gives them away."""
     source = await read_text(request.stream(), MAX_BYTES, worker.settings.body_timeout_s)
     claim = Claim(caller.owner, caller.role == "admin", owner)
     state = await worker.changes.rule(policy, source, generation_of(if_match), caller.name, claim)
-    return JSONResponse(policy_view(state), headers=tag(state))
+    return await changed(worker, state, policy_view(state))
 
 
 @router.post(
@@ -203,8 +203,7 @@ async def rehearse(policy: str, request: Request, worker: Worker, last: Last = 1
 @router.post("/policies/{policy}/versions/{label}/rearm", summary="Close a version's breaker again, everywhere")
 async def rearm(policy: str, label: str, worker: Worker, by: By) -> Response:
     state = await worker.changes.rearm(policy, label, by)
-    view = await version_view(state, label, worker.catalog.loading)
-    return Response(msgspec.json.encode(view), media_type="application/json")
+    return await changed(worker, state, await version_view(state, label, worker.catalog.loading))
 
 
 @router.post(
@@ -218,6 +217,7 @@ async def push(policy: str, request: Request, worker: Worker, by: By) -> JSONRes
     files = await read_upload(kind, request.stream(), worker.settings.body_timeout_s)
     pushed = await worker.changes.push(policy, files, by)
     body = version_line(pushed.state, pushed.version) | {"policy": policy, "warnings": pushed.warnings}
+    body |= await worker.roll.told(pushed.state)
     where = f"/admin/policies/{policy}/versions/{pushed.version}"
     return JSONResponse(body, 201 if pushed.new else 200, {"Location": where})
 
@@ -249,6 +249,13 @@ def find(worker: Runtime, policy: str) -> PolicyState:
     if state is None or not state.labels:
         raise UnknownPolicy(f"there is no policy {policy!r}", "policy")
     return state
+
+
+async def changed(worker: Runtime, state: PolicyState, view: dict[str, Any]) -> Response:
+    """Answer a change: how the policy stood right after it (others may change it meanwhile), and who lacks it yet."""
+    headers = tag(state)
+    body = view | await worker.roll.told(state)
+    return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
 
 
 def tag(state: PolicyState) -> dict[str, str]:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Header, Path, Request, Response
 
 from policies.errors import GenerationMissing, StoreAway
 from service.access import BEARER, By, Guarded, Worker
-from service.admin import find, generation_of, tag
+from service.admin import changed, find, generation_of, tag
 from service.rollout_changes import Order, OrderName
 from service.runtime import Runtime
 from service.standing import PolicyState
@@ -48,7 +48,8 @@ _ORDER: Final[dict[str, Any]] = {
 
 @router.get("/policies/{policy}/rollout", summary="A policy's rollout: plan, where it stands, what the guards say")
 async def rollout(policy: str, worker: Worker) -> Response:
-    return await _answer(find(worker, policy), worker)
+    state = find(worker, policy)
+    return Response(msgspec.json.encode(await _view(state, worker)), media_type="application/json", headers=tag(state))
 
 
 @router.put("/policies/{policy}/rollout", summary="The plan that the next rollout goes by", openapi_extra=_PLAN)
@@ -58,7 +59,8 @@ async def plan(policy: str, request: Request, worker: Worker, by: By, if_match: 
     if expected is None:
         detail = f"the policy is at generation {state.generation}: read it, and send its ETag as If-Match"
         raise GenerationMissing(detail, "If-Match")
-    return await _answer(await worker.rollout_changes.plan(policy, wanted, expected, by), worker)
+    state = await worker.rollout_changes.plan(policy, wanted, expected, by)
+    return await changed(worker, state, await _view(state, worker))
 
 
 @router.post(
@@ -72,10 +74,10 @@ async def order(
     find(worker, policy)
     wanted = decode(await request.body() or b"{}", Order)
     state = await worker.rollout_changes.order(policy, move, wanted, generation_of(if_match), by)
-    return await _answer(state, worker)
+    return await changed(worker, state, await _view(state, worker))
 
 
-async def _answer(state: PolicyState, worker: Runtime) -> Response:
+async def _view(state: PolicyState, worker: Runtime) -> dict[str, Any]:
     document, view = state.document, None
     with contextlib.suppress(StoreAway):  # what was counted is not known then; where the rollout stands is
         view = await worker.rollouts.view(state.name)
@@ -83,7 +85,7 @@ async def _answer(state: PolicyState, worker: Runtime) -> Response:
     if standing is None or view is None or view.of != f"{standing.id}:{standing.generation}":
         view = None  # of another rollout, or step
     told = worker.estimating.told(state.name)
-    body = {
+    return {
         "policy": state.name,
         "generation": state.generation,
         "champion": None if document is None else document.deployment.champion,
@@ -95,4 +97,3 @@ async def _answer(state: PolicyState, worker: Runtime) -> Response:
         "gate": None if view is None else view.gate,
         "estimates": {} if told is None else {label: each.estimates for label, each in told.versions.items()},
     }
-    return Response(msgspec.json.encode(body), media_type="application/json", headers=tag(state))

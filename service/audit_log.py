@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -56,6 +56,17 @@ class Note:
     digest: str = ""
     subject: str = ""
     outcome: str = ""
+    kept: bool = False
+    complete: Callable[[], Awaitable[None]] | None = None
+
+    async def keep(self) -> None:
+        """Have the outcome written down now: the change is made, and what is left to do does not undo it.
+
+        Raises AuditBroken when it cannot be.
+        """
+        if self.complete is not None and not self.kept:
+            self.kept = True  # also where it fails: then the intent says all there is
+            await self.complete()
 
     def told(self, subject: str, digest: str) -> None:
         """Remember what a change is about, where its path does not say it."""
@@ -101,6 +112,7 @@ class AuditLog:
         except AuditBroken:
             if not urgent:
                 raise
+        note.complete = lambda: self._end(_completed(statement, note, note.outcome or "done"))
         before = _noting.set(note)
         outcome = "unknown"
         try:
@@ -114,7 +126,9 @@ class AuditLog:
             raise
         finally:
             _noting.reset(before)
-            if outcome != "unknown":  # else this task is being cancelled, and the intent says all there is
+            if (
+                outcome != "unknown" and not note.kept
+            ):  # else this task is being cancelled, and the intent says all there is
                 await self._end(_completed(statement, note, outcome))
 
     @contextlib.asynccontextmanager

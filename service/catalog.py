@@ -1,12 +1,13 @@
-"""What a worker has loaded, and how it comes to have what is deployed: one step at a time, over and over.
+"""What a worker has loaded, and how it comes to have what is deployed. Two loops that do not wait for each other:
 
-    read Redis -> list what changed -> load what is live -> publish the plan -> load one that stands by -> again
+    listen:  read Redis -> safeguards in force -> publish the plan, if it is loaded -> wait for a hint, or half a second
+    follow:  list what changed -> load what is live -> publish the plan -> load one that stands by -> again
 
-Duty: hold deployments and versions (of the store, the directory of the start, the snapshot) against what is loaded
-here, and close the gap. Loading is `loading.py`'s, serving `serving.py`'s, changes come from `changes.py`.
-Strategy: nothing is told to replicas, each polls. A plan is published only when all versions that may answer are loaded
-and warm; until then the one before serves. Then come shadows, then versions without a role, the most recently pushed
-ones first.
+Duty: hold what is known of deployments and versions against what is loaded here, and close the gap. Knowing is
+`hearing.py`'s, loading `opening.py`'s, serving `serving.py`'s, changes come from `changes.py`.
+Strategy: a plan is published only when all versions that may answer are loaded and warm; until then the one before
+serves. Then come shadows, then versions without a role, the most recently pushed ones first. Halts wait for no load,
+and for no store of bundles: `listen` asks Redis alone.
 Promise: whatever fails here (Redis away, a version that does not load) is reported, and what is served goes on.
 """
 
@@ -14,33 +15,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Final
 
 import structlog
 from msgspec.structs import replace
 
 from policies.deployment import Deployment
-from policies.errors import AuditBroken, BundleError, BundlesAway, StoreAway, SurefootError
-from policies.store import Store, StoredPolicy, difference
+from policies.errors import AuditBroken, StoreAway, SurefootError
+from policies.store import Store, StoredPolicy
 from safety.halt import KillSwitch
 from service.absence import Absence
 from service.audit_log import SYSTEM, AuditLog, by_itself
 from service.clock import Clock
-from service.control import UNREADABLE, Control, Snapshot
+from service.control import Control, Snapshot
+from service.hearing import Hearing
 from service.loading import Loading
 from service.metrics import Metrics
-from service.plan import LoadedVersion, Plan
+from service.opening import AWAY as AWAY
+from service.opening import Opening
+from service.plan import Plan
 from service.rolling import after_trips
-from service.safeguards import document_of
 from service.serving import plan_of
-from service.standing import Document, Failure, Known, PolicyState, SafetySide, standby, watching
+from service.standing import Document, PolicyState, SafetySide, deciding, freshness, standby, watching
 
-POLL_S = 0.5
-# A store may change without a change of `rev` (a crash between the two), or be shared with another deployment.
-RELIST_S = 60.0
-RETRY_S = 30.0  # before a version that failed to load is tried again
+POLL_S: Final = 0.5
+# What was asked for a moment ago is about to be deployed: it is not unloaded, however many versions there are.
+HOLD_S: Final = 5.0
 
-AWAY = (StoreAway, BundlesAway)
 log = structlog.get_logger(__name__)
 
 
@@ -61,79 +64,75 @@ class Catalog:
         clock: Clock,
         max_loaded: int,
         audit: AuditLog | None = None,
+        max_stale_s: float = math.inf,
     ) -> None:
-        self.states = {seed.name: PolicyState(seed.name, seed, document_of(seed)) for seed in seeds}
+        self._hearing = Hearing(seeds, store, control, snapshot, loading, clock, audit)
+        self.states = self._hearing.states
         self.store, self.control, self.loading = store, control, loading
-        self._snapshot = snapshot
+        self.on_served: Callable[[], None] = lambda: None  # told when another generation is served
+        self._opening = Opening(loading, metrics, clock)
         self._publish = publish
         self._guard = guard
         self._trips = trips
         self._metrics = metrics
         self._clock = clock
         self._max_loaded = max_loaded
+        self._max_stale_s = max_stale_s
         self._audit = audit
-        self._turn = asyncio.Lock()
-        self._read_s: float | None = None  # when Redis last told what is deployed
-        self._shared_s = float("-inf")  # when the store last told which policies it has
-        self._saved: dict[str, Known] = {}
-        self.absence = Absence(self.states, lambda: self._read_s is not None)
+        self.absence = Absence(self.states, lambda: self._hearing.asked)
+        self._turn, self._wake = asyncio.Lock(), asyncio.Event()
+        self._loads: dict[tuple[str, str, str | None], asyncio.Task[None]] = {}  # under way
+        self._required: dict[tuple[str, str], float] = {}  # versions that somebody wants loaded, and since when
 
     # For the rest of the service
 
     async def start(self) -> None:
         """Load and publish what is live. Raises BundleError when a version that only the directory deploys fails."""
         try:
-            await self._read()
+            await self._hearing.ask()
+            await self._hearing.list_all()
         except AWAY as error:
             log.warning("deployments_from_snapshot", reason=error.detail)
-            for name, known in (await self.loading.aside(self._snapshot.read)).items():
-                self._state(name).known = known
-                self._state(name).cached = True
-        for state in self.states.values():
+            await self._hearing.remember()
+        for state in list(self.states.values()):
             self._safeguard(state)
-            await self._advance(state)
+            for _, label in deciding([state]):
+                with contextlib.suppress(SurefootError):
+                    await self.require(state, label)
             if state.served is None and state.seeded is not None:
                 await self._serve_seed(state, state.seeded)
 
     async def run(self) -> None:
-        """Poll for ever, and load what stands by in between."""
-        while True:
-            await self.converge()
-            if not await self.fill():
-                await asyncio.sleep(POLL_S)
+        """Listen and follow for ever."""
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._listen())
+            both.create_task(self._follow())
 
     async def converge(self) -> None:
-        """Read what is deployed, and serve it. Does not raise for what may work later."""
-        async with self._turn:
-            there = True
-            try:
-                await self._read()
-            except AWAY as error:
-                there = False
-                log.debug("deployments_not_read", reason=error.detail)
-            await self._take_trips()
-            for state in self.states.values():
-                if there:
-                    await self._agree(state)
-                self._safeguard(state)
-                await self._advance(state)
-            known = {name: state.known for name, state in self.states.items() if state.known != Known()}
-            if known != self._saved:
-                self._saved = known
-                await self.loading.aside(self._snapshot.write, known)
-                await self.loading.prune({e.digest for each in known.values() for e in each.versions.values()})
+        """Read what is deployed and what there is, and serve what of it is loaded. Does not raise for what may work
+        later.
+        """
+        await self._look()
+        with contextlib.suppress(*AWAY):
+            await self._hearing.list_changed()
+        self._fit()
+        await self._hearing.save()
 
     async def fill(self) -> bool:
-        """Unload what is too much and load one version that stands by. Return whether one was loaded."""
+        """Unload what is too much, and load one version: a live one, a shadow, or one that stands by. Return whether
+        one was loaded.
+        """
         wanted = [*watching(self.states.values()), *standby(self.states.values(), self._max_loaded)]
-        async with self._turn:
-            for state in self.states.values():
-                self._unload(state, {label for label in state.loaded if (state.name, label) not in wanted} - state.live)
-        for name, label in wanted:
+        now_s = self._clock.monotonic_s()
+        self._required = {each: at_s for each, at_s in self._required.items() if now_s - at_s < HOLD_S}
+        for state in self.states.values():
+            loaded = {label for label in state.loaded if (state.name, label) not in (*wanted, *self._required)}
+            self._unload(state, loaded - state.live)
+        for name, label in [*deciding(self.states.values()), *wanted]:
             state = self.states[name]
-            if not state.has(label) and self._worth_a_try(state, label):
+            if not state.has(label) and self._opening.worth_a_try(state, label):
                 try:
-                    await self.require(state, label)
+                    await self._load(state, label)
                 except SurefootError:
                     continue
                 return True
@@ -141,13 +140,9 @@ class Catalog:
 
     async def require(self, state: PolicyState, label: str) -> None:
         """Have a version loaded. Raises BundleError, ConfigError, StoreAway or BundlesAway."""
-        if state.has(label):
-            return
-        version = await self._load(state, label)  # outside of our turn: promotions do not wait for it
-        async with self._turn:
-            if version.bundle.digest == state.digest(label):
-                state.loaded[label] = version
-                self._renew(state)
+        self._required[state.name, label] = self._clock.monotonic_s()
+        if not state.has(label):
+            await self._load(state, label)
 
     def halt_here(self, state: PolicyState, switches: Collection[KillSwitch]) -> None:
         """Throw kill switches on this worker at once; the others are told by `changes.py`, or when Redis is back."""
@@ -157,70 +152,75 @@ class Catalog:
     async def refresh(self, name: str) -> PolicyState:
         """Give a policy's state as it is this moment. Raises StoreAway or BundlesAway."""
         async with self._turn:
-            state = self._state(name)
-            rev, document = (await self.control.read()).get(name, (0, None))
-            if (rev, document) == UNREADABLE:
-                raise StoreAway(f"{name}: its deployment in Redis is not one that this version of the service can read")
-            await self._list(state, rev, document)
+            state = await self._hearing.ask_for(name)
+            self._fit()
             return state
 
     @property
-    def age_s(self) -> float | None:
-        """Seconds since Redis last told what is deployed; None: it never has."""
-        return None if self._read_s is None else self._clock.monotonic_s() - self._read_s
+    def age_s(self) -> float:
+        """Seconds since Redis last told what is deployed: this worker, or the one that left the snapshot."""
+        return self._hearing.age_s
 
-    # Reading
+    # Listening
 
-    async def _read(self) -> None:
-        now_s = self._clock.monotonic_s()
-        found = await self.control.read()
-        names = found.keys() | {state.name for state in self.states.values() if state.known != Known()}
-        if now_s - self._shared_s >= RELIST_S:
-            names |= await self.store.policies()
-            self._shared_s = now_s
-        for name in sorted(names):
-            state = self._state(name)
-            rev, document = found.get(name, (0, None))
-            state.unreadable = (rev, document) == UNREADABLE
-            if state.unreadable:
-                continue  # what is served goes on
-            if rev < state.known.rev and not state.cached:
-                await self._remind(state)
-            elif rev != state.known.rev or now_s - state.listed_s >= RELIST_S:
-                await self._list(state, rev, document)
-        self._read_s = now_s
+    async def _listen(self) -> None:
+        while True:
+            await self._look()
+            await self._hearing.save()
+            self._wake.set()
+            try:
+                await self.control.heed(POLL_S)
+            except StoreAway:
+                await asyncio.sleep(POLL_S)
 
-    async def _list(self, state: PolicyState, rev: int, document: Document | None) -> None:
-        versions = await self.store.versions(state.name)
-        if rev != state.known.rev:
-            state.failures.clear()  # something has changed: worth another try
-        state.known = Known(rev, document, versions)
-        state.listed_s, state.cached = self._clock.monotonic_s(), False
-        self._unload(state, {label for label in state.loaded if not state.has(label)} - state.live)
+    async def _look(self) -> None:
+        """Read what is deployed; put in force what is safe, and serve what is loaded."""
+        async with self._turn:
+            try:
+                await self._hearing.ask()
+            except StoreAway as error:
+                log.debug("deployments_not_read", reason=error.detail)
+            for state in self.states.values():
+                self._safeguard(state)
+            await self._take_trips()
+            for state in list(self.states.values()):
+                if self._hearing.there:
+                    await self._agree(state)
+                self._renew(state)
 
-    async def _remind(self, state: PolicyState) -> None:
-        """Redis has forgotten what it said a moment ago (flushed, or restored from a backup): tell it."""
-        log.error("redis_lost_deployments", policy=state.name, rev=state.known.rev)
-        standing = await self.store.versions(state.name)
-        for label, entry in state.known.versions.items():
-            if label not in standing:
-                await self.store.put(entry, await self.loading.files(entry))
-        await self.control.remind(state.name, state.known)
-
-    def _state(self, name: str) -> PolicyState:
-        return self.states.setdefault(name, PolicyState(name))
+    async def _follow(self) -> None:
+        while True:
+            if self._hearing.there:
+                try:
+                    await self._hearing.catch_up()
+                except AWAY as error:
+                    log.debug("versions_not_listed", reason=error.detail)
+                self._fit()
+            if not await self.fill():
+                await self._wake.wait()
+                self._wake.clear()
 
     # Serving
 
-    async def _advance(self, state: PolicyState) -> None:
-        """Load what may answer and publish it; with anything missing, what is served stays. Shadows can wait."""
-        if state.document is not None:
-            for label in state.document.deployment.deciding:
-                if not state.has(label) and self._worth_a_try(state, label):
-                    try:
-                        state.loaded[label] = await self._load(state, label)
-                    except SurefootError:
-                        break
+    def _fit(self) -> None:
+        """Let go of what is no more, and serve what is there, now that versions were listed."""
+        for state in self.states.values():
+            self._unload(state, {label for label in state.loaded if not state.has(label)} - state.live)
+            self._renew(state)
+
+    async def _load(self, state: PolicyState, label: str) -> None:
+        """Load a version, once, however many ask for it at a time; what was begun goes on when they leave."""
+        key = state.name, label, state.digest(label)
+        load = self._loads.get(key)
+        if load is None:
+            load = self._loads[key] = asyncio.get_running_loop().create_task(self._open(state, label))
+            load.add_done_callback(lambda done: (self._loads.pop(key), done.cancelled() or done.exception()))
+        await asyncio.shield(load)
+
+    async def _open(self, state: PolicyState, label: str) -> None:
+        version = await self._opening.open(state, label)
+        if version.bundle.digest == state.digest(label):
+            state.loaded[label] = version
             self._renew(state)
 
     async def _serve_seed(self, state: PolicyState, seeded: Document) -> None:
@@ -235,9 +235,10 @@ class Catalog:
 
     def _safeguard(self, state: PolicyState) -> None:
         """Put the safety side in force, whether or not what is deployed with it can be loaded."""
+        state.freshness = freshness(self.age_s, self._max_stale_s, asked=self._hearing.asked)
         if state.side != (now := state.safety_side):
             self._guard(state.name, now, state.generation)
-            log.info("safety", policy=state.name, halts=sorted(now.halts), tripped=sorted(now.tripped))
+            log.info("safety", policy=state.name, halts=sorted(now.halts), tripped=sorted(now.tripped), stale=now.stale)
             state.side = now
 
     async def _agree(self, state: PolicyState) -> None:
@@ -267,19 +268,24 @@ class Catalog:
                     await self._audit.record(SYSTEM, "trip_here", name, label)
 
     def _renew(self, state: PolicyState) -> None:
-        """Publish a plan when what is deployed, or what is loaded, has changed."""
+        """Publish a plan when what is deployed, or what is loaded, has changed; its safety side goes before."""
+        self._safeguard(state)
         document = state.document
         if document is None or not all(map(state.has, document.deployment.deciding)):
             document = state.served
-        if document is not None and (document != state.served or state.published != state.digests):
+        changed = document != state.served or state.served_alone != state.alone
+        if document is not None and (changed or state.published != state.digests):
             self._serve(state, document)
 
     def _serve(self, state: PolicyState, document: Document) -> None:
         deployment = document.deployment
-        self._publish(plan_of(state.name, document, state.loaded), deployment)
-        if document != state.served:
-            log.info("deployed", policy=state.name, generation=document.generation, champion=deployment.champion)
-        state.served, state.published = document, state.digests
+        self._publish(plan_of(state.name, document, state.loaded, alone=state.alone), deployment)
+        if document != state.served or state.served_alone != state.alone:
+            told = {"generation": document.generation, "champion": deployment.champion, "alone": state.alone}
+            log.info("deployed", policy=state.name, **told)
+        state.served, state.published, state.served_alone = document, state.digests, state.alone
+        self._metrics.control_stale.labels(state.name, "challenger").set(state.alone)
+        self.on_served()
 
     def _unload(self, state: PolicyState, labels: set[str]) -> None:
         for label in labels:
@@ -287,51 +293,3 @@ class Catalog:
             log.info("version_unloaded", policy=state.name, version=label)
         if labels:
             self._renew(state)
-
-    # Loading one version
-
-    async def _load(self, state: PolicyState, label: str) -> LoadedVersion:
-        """Load one version, and keep the reason when it fails."""
-        try:
-            version = await self._open(state, label)
-            _check_alike(state, version)
-        except AWAY as error:
-            state.failures[label] = Failure(error.detail, None, float("-inf"))
-            raise
-        except SurefootError as error:
-            self._failed(state, label, error)
-            raise
-        except Exception as error:
-            log.exception("load_failed", policy=state.name, version=label)
-            wrapped = BundleError(f"{state.name}/{label} does not load: {error}", None, "load")
-            self._failed(state, label, wrapped)
-            raise wrapped from error
-        state.failures.pop(label, None)
-        return version
-
-    async def _open(self, state: PolicyState, label: str) -> LoadedVersion:
-        entry = state.known.versions.get(label)
-        if entry is not None:
-            return await self.loading.load(entry)
-        if state.seed is None or label not in state.seed.bundles:
-            raise BundleError(
-                f"{state.name}/{label} is deployed, but neither store nor directory has it", None, "files"
-            )
-        return await self.loading.load_bundle(state.seed.bundles[label])
-
-    def _failed(self, state: PolicyState, label: str, error: SurefootError) -> None:
-        check = error.check if isinstance(error, BundleError) else None
-        state.failures[label] = Failure(error.detail, check, self._clock.monotonic_s())
-        self._metrics.load_failures.labels(state.name).inc()
-        log.error("version_not_loaded", policy=state.name, version=label, check=check, reason=error.detail)
-
-    def _worth_a_try(self, state: PolicyState, label: str) -> bool:
-        failure = state.failures.get(label)
-        return failure is None or self._clock.monotonic_s() - failure.at_s >= RETRY_S
-
-
-def _check_alike(state: PolicyState, version: LoadedVersion) -> None:
-    champion = state.champion
-    found = None if champion is None else difference(version.bundle, champion)
-    if found:
-        raise BundleError(found[1], found[0], "spec")

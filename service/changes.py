@@ -11,7 +11,7 @@
 
 Duty: the order, and the refusals. It knows nothing of HTTP.
 Promise: an answer means that this worker has it: the version is loaded, the deployment served. The other replicas
-follow by polling. Whatever is refused has changed nothing.
+are told, and poll. Whatever is refused has changed nothing.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Changes:
             if expected is not None and expected != document.generation:
                 raise _moved(document.generation, expected)
             wanted = change(state, document)
-            for label in wanted.deployment.deciding:
+            for label in wanted.deployment.deciding.keys() | wanted.deployment.versions - document.deployment.versions:
                 await self._catalog.require(state, label)
             try:
                 await self._set(state, wanted, by)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Final, get_args
 
 import structlog
 
@@ -30,6 +30,7 @@ from service.ruling import Ruling
 from service.standing import SafetySide
 
 LIMITS_S = 0.25  # how often portions of limits are renewed, and what Redis was not told is told again
+FROZEN: Final[frozenset[KillSwitch]] = frozenset({"freeze_exploration"})
 log = structlog.get_logger(__name__)
 
 
@@ -88,6 +89,7 @@ class Guarding:
         for policy, limits in self._limits.items():
             metrics.limit_denials.labels(policy).set(limits.statistics().calls.denied)
         for policy, side in self._sides.items():
+            metrics.control_stale.labels(policy, "exploration").set(side.stale)
             for switch in get_args(KillSwitch):
                 metrics.halts.labels(policy, switch).set(switch in side.halts)
 
@@ -97,7 +99,9 @@ class Guarding:
 
     def _compose(self, policy: str) -> Safeguards:
         side = self._sides.get(policy, SafetySide())
-        found = Safeguards(side.halts, side.tripped, allowance=self._allowances.get(policy))
+        # Without Redis nobody could halt exploration here: what an operator has not frozen is frozen all the same.
+        halts = side.halts | FROZEN if side.stale else side.halts
+        found = Safeguards(halts, side.tripped, allowance=self._allowances.get(policy))
         plan = self._plans.get(policy)
         if not side.safety and policy in self._limits:
             self._limits[policy].configure(LimitSet())  # what is leased goes back

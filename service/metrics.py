@@ -201,6 +201,15 @@ class Metrics:
         self.audit_stopped = self._gauge("audit_stopped", "Whether the audit log does not take entries any more.")
         self.audit_faults = self._counter("audit_faults", "Audit logs found wrong: `file` or `fork`.", "kind")
         self.control_age = self._gauge("control_age_seconds", "Since deployments were last read from Redis.")
+        self.control_stale = self._gauge(
+            "control_stale", "Whether the control state is too old for something: exploration, challenger.",
+            "policy", "effect",
+        )  # fmt: skip
+        self.live_workers = self._gauge("live_workers", "Workers that were heard of lately, this one included.")
+        self.workers_behind = self._gauge("workers_behind", "Live workers that serve an older generation.", "policy")
+        self.changes_behind = self._counter(
+            "changes_behind", "Changes that were answered before every live worker had them.", "policy"
+        )
         self.shadows = ShadowMetrics(registry, SECONDS)
         self.estimates = EstimateMetrics(registry)
         self.info = Gauge(

@@ -89,6 +89,7 @@ class Plan:
     action: ActionSpec
     baseline: str | None = None
     barred: frozenset[str] = frozenset()  # versions that no episode stays on
+    alone: bool = False  # the champion decides what any other version would, also in episodes that began on it
     recurrent: bool = field(init=False)  # a version that decides remembers episodes, so rows must name theirs
 
     def __post_init__(self) -> None:
@@ -96,6 +97,11 @@ class Plan:
         loaded = [version for label, version in self.versions.items() if label in deciding]
         recurrent = any(version.bundle.interface.recurrent for version in loaded)
         object.__setattr__(self, "recurrent", recurrent)
+
+    def keeps(self, label: str) -> bool:
+        """Whether an episode stays on a version that it began on."""
+        ousted = self.alone and label != self.routes.champion
+        return label in self.versions and label not in self.barred and not ousted
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ Keys (all of one policy share the hash tag `{policy}`; the suffixes stand in `jo
     sf:{policy}:idem:<digest>                        Idempotency-Key: claim, then answer
     sf:keyring                                       the signing keys, made once
     sf:policies                                      names of policies that were pushed or deployed at run time
+    sf:told                                          what `control.py` keeps: which policy was changed last, as a hint
+    sf:workers                                       what `roll.py` keeps: which workers are alive, what they serve
     sf:audit                                         what `audit_chain.py` keeps: the audit log, one for all policies
     sf:tokens  tokens:used                           what `token_store.py` keeps: tokens by hash, when they were used
     sf:{policy}:versions  blob:<sha256>:<n>          what `redis_store.py` keeps: versions by label, files in pieces
@@ -205,9 +207,9 @@ class RedisStreams:
     def _claim(self, digest: str) -> bytes:
         return f"{digest}:{self._claimant}".encode() + b"\0"
 
-    async def command(self, *command: Any) -> Any:
+    async def command(self, *command: Any, timeout_s: float = TIMEOUT_S) -> Any:
         """Run one command for `redis_store.py` or `control.py`. Raises StoreAway."""
-        return await answered(self._command(*command))
+        return await answered(self._command(*command, timeout_s=timeout_s))
 
     async def script(self, source: bytes, key: str, *arguments: Any) -> Any:
         """Run another file's script, by its digest if the server knows it. Raises StoreAway."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -50,6 +49,7 @@ from service.redis_store import RedisStore
 from service.redis_streams import JoinConfig, RedisStreams, connect
 from service.rehearsal import Rehearsal
 from service.rewards import Rewards
+from service.roll import Roll
 from service.rollout_changes import RolloutChanges
 from service.rollouts import Rollouts
 from service.scalar import Scalar
@@ -95,6 +95,7 @@ class Runtime:
     estimating: Estimating
     clock: SystemClock
     admission: Admission
+    roll: Roll
     rollouts: Rollouts
     rollout_changes: RolloutChanges
     draining: bool = False
@@ -132,7 +133,8 @@ class Runtime:
                 self.metrics.breaker_open.labels(policy, version, "latency").set(counts.latency is Latency.OPEN)
         self.guarding.refresh_metrics(self.metrics)
         self.shadows.refresh_metrics()
-        self.metrics.control_age.set(math.inf if self.catalog.age_s is None else self.catalog.age_s)
+        self.roll.refresh_metrics()
+        self.metrics.control_age.set(self.catalog.age_s)
 
 
 @contextlib.asynccontextmanager
@@ -198,8 +200,12 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             clock,
             settings.max_loaded,
             admission.audit,
+            settings.max_stale_s,
         )
         await catalog.start()
+        roll = Roll(streams, catalog.states, metrics, clock, ledger.producer)
+        catalog.on_served = roll.wake
+        stack.push_async_callback(roll.aclose)
         rewards = _rewards(serving, catalog.absence)
         idempotency = Idempotency(streams, settings.idempotency_ttl_s)
         stack.push_async_callback(idempotency.aclose)
@@ -230,6 +236,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             estimating,
             clock,
             admission,
+            roll,
             Rollouts(streams, leader, catalog, changes, clock, estimating.gate_of),
             RolloutChanges(changes, clock),
         )
@@ -317,6 +324,7 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("shipper", runtime.shipper.run),
             ("probe", probe),
             ("catalog", runtime.catalog.run),
+            ("roll", runtime.roll.run),
             ("tokens", runtime.admission.follow_tokens),
             ("audit", runtime.admission.chain.run),
             ("leases", runtime.leases.run),

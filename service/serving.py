@@ -147,10 +147,13 @@ class Serving:
         self._listed[name] = now
 
 
-def plan_of(policy: str, document: Document, versions: Mapping[str, LoadedVersion]) -> Plan:
-    """Build the plan for a document whose versions are all among those that are loaded."""
+def plan_of(policy: str, document: Document, versions: Mapping[str, LoadedVersion], *, alone: bool = False) -> Plan:
+    """Build the plan for a document whose versions are all among those that are loaded.
+
+    alone: the champion alone decides, whatever the deployment says of others, also episodes that began on them.
+    """
     deployment = document.deployment
-    challenger = deployment.challengers[0] if deployment.challengers else None
+    challenger = deployment.challengers[0] if deployment.challengers and not alone else None
     champion = versions[deployment.champion].bundle
     return Plan(
         policy=policy,
@@ -169,4 +172,5 @@ def plan_of(policy: str, document: Document, versions: Mapping[str, LoadedVersio
         action=champion.action,
         baseline=deployment.baseline,
         barred=barred(document),
+        alone=alone,
     )

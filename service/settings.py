@@ -45,6 +45,10 @@ class Settings(BaseSettings):
     )
     # The promise of the design; a small network takes 1 MB, so 100 stay far below what one large one takes.
     max_loaded: int = Field(100, ge=1, description="Most versions loaded at once; live ones are loaded regardless.")
+    # Beyond a failover, or a restart of Redis that has a large file to load: tens of seconds.
+    max_stale_s: Seconds = Field(
+        60.0, ge=1, description="Without Redis for so long, the champion alone decides: challengers get nothing."
+    )
     bundle_key: Path | None = Field(
         default=None, description="PEM public key; set, only bundles with a valid model.sig are loaded."
     )

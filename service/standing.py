@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from msgspec import Struct
 
@@ -18,18 +18,31 @@ from safety.halt import KillSwitch
 from service.document import Document as Document
 from service.plan import LoadedVersion
 
+# What a worker may do by what it knows: all; explore nothing; nor let any but the champion decide.
+Freshness = Literal["fresh", "stale", "alone"]
+# Beyond a failover that Sentinels bring about, and a moment's trouble; a lease on exploration ends after 2 s by itself.
+STALE_S: Final = 5.0
+
+
+def freshness(age_s: float, max_stale_s: float, *, asked: bool) -> Freshness:
+    """Judge a control state by its age. asked: whether Redis, and not only a snapshot, has told it since the start."""
+    if age_s > max_stale_s:
+        return "alone"
+    return "fresh" if asked and age_s <= STALE_S else "stale"
+
 
 class SafetySide(NamedTuple):
-    """What a document, and this worker, say of a policy's safety."""
+    """What a document, and this worker, say of a policy's safety. stale: what is known is old: nothing is explored."""
 
     halts: frozenset[KillSwitch] = frozenset()
     tripped: frozenset[str] = frozenset()
     safety: str = ""
     exploration: Exploration | None = None
+    stale: bool = False
 
 
 class Known(Struct, frozen=True):
-    """What is known of one policy: the number of its last change, its document if there is one, its versions."""
+    """What is known of one policy: its document if there is one, and its versions as of the change number `rev`."""
 
     rev: int = 0
     document: Document | None = None
@@ -54,6 +67,8 @@ class PolicyState:
     seeded: Document | None = None  # how the directory deploys it
     known: Known = field(default_factory=Known)
     cached: bool = False  # `known` is a snapshot's: Redis has not been asked yet
+    heard_rev: int = 0  # what Redis said last; where `known.rev` is another one its versions are to be listed
+    freshness: Freshness = "fresh"
     halted_here: frozenset[KillSwitch] = frozenset()  # thrown here, and Redis does not say so yet
     tripped_here: frozenset[str] = frozenset()  # the same for breakers
     unreadable: bool = False  # Redis holds a document that this version of the service cannot read
@@ -61,6 +76,7 @@ class PolicyState:
     loaded: dict[str, LoadedVersion] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     served: Document | None = None
+    served_alone: bool = False  # without its challenger
     side: SafetySide | None = None  # in force
     published: dict[str, str] = field(default_factory=dict)  # digests of the plan in force, by label
 
@@ -80,6 +96,21 @@ class PolicyState:
         return 0 if self.document is None else self.document.generation
 
     @property
+    def stale(self) -> bool:
+        """Whether what is known is too old to explore by."""
+        return self.freshness != "fresh"
+
+    @property
+    def alone(self) -> bool:
+        """Whether what is known is so old that the champion alone decides."""
+        return self.freshness == "alone"
+
+    @property
+    def halts_published(self) -> bool:
+        """Whether Redis says the same of kill switches as is in force here."""
+        return self.halts == frozenset(self.document.halts if self.document else ())
+
+    @property
     def halts(self) -> frozenset[KillSwitch]:
         """Kill switches that are on for this worker."""
         return self.halted_here | frozenset(self.document.halts if self.document else ())
@@ -93,8 +124,8 @@ class PolicyState:
     def safety_side(self) -> SafetySide:
         """The safety side that should be in force."""
         if self.document is None:
-            return SafetySide(self.halted_here, self.tripped_here)
-        return SafetySide(self.halts, self.tripped, self.document.safety, self.document.exploration)
+            return SafetySide(self.halted_here, self.tripped_here, stale=self.stale)
+        return SafetySide(self.halts, self.tripped, self.document.safety, self.document.exploration, self.stale)
 
     @property
     def live(self) -> set[str]:
@@ -134,6 +165,16 @@ class PolicyState:
     def has(self, label: str) -> bool:
         """Whether a version is loaded, with the content that it should have."""
         return label in self.loaded and self.loaded[label].bundle.digest == self.digest(label)
+
+
+def deciding(states: Iterable[PolicyState]) -> list[tuple[str, str]]:
+    """Versions of all policies that may answer, loaded or not."""
+    return [
+        (state.name, label)
+        for state in states
+        if state.document is not None
+        for label in state.document.deployment.deciding
+    ]
 
 
 def watching(states: Iterable[PolicyState]) -> list[tuple[str, str]]:

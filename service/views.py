@@ -30,16 +30,17 @@ def policy_view(state: PolicyState) -> dict[str, Any]:
         "deployment": None if wanted is None else deployment_view(wanted),
         "halts": sorted(state.halts),
         "source": source_of(state),
+        "freshness": state.freshness,
         "pending": wanted != served,  # what should be served cannot be yet: `versions` says why
         "versions": {label: version_line(state, label) for label in sorted(state.labels)},
     }
 
 
 def source_of(state: PolicyState) -> str:
-    """Say who said how the policy is deployed: the directory, Redis, or what was kept of Redis."""
+    """Say who said how the policy is deployed: the directory, Redis, or what is kept of Redis while it is away."""
     if state.known.document is None:
         return "directory"
-    return "cached" if state.cached else "redis"
+    return "cached" if state.cached or state.stale else "redis"
 
 
 def deployment_view(document: Document) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def deployment_view(document: Document) -> dict[str, Any]:
 
 def halts_view(state: PolicyState) -> dict[str, Any]:
     """Kill switches that are on here. `published`: Redis says the same, so every replica has them within 2 s."""
-    published = state.document is not None and frozenset(state.document.halts) == state.halts
+    published = state.document is not None and state.halts_published
     return {"policy": state.name, "on": sorted(state.halts), "published": published}
 
 

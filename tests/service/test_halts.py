@@ -54,6 +54,7 @@ def test_each_switch_acts_on_the_next_decision_and_is_turned_off_again(admin: Ad
         "policy": policy,
         "on": ["freeze_exploration"],
         "published": True,
+        "behind": [],
     }
     frozen = admin.act(policy)
     assert (frozen["action"], frozen["propensity"], frozen["exploration"]["epsilon"]) == (1, 1.0, 0.0)

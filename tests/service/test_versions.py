@@ -355,9 +355,9 @@ def test_versions_may_lie_in_a_folder_instead(tmp_path: Path) -> None:
         mine.server.kill()
         mine.server.start()
         assert (mine.act("toy")["version"], mine.act("toy")["action"]) == ("v2", 1)
-        copies = {path.name for path in (mine.server.data_dir / "bundles").iterdir()}
-        until(lambda: copies == {mine.view("toy")["versions"]["v2"]["digest"]}, "the copy of what is left")
-        assert pushed["digest"] not in copies
+        left, copies = mine.view("toy")["versions"]["v2"]["digest"], mine.server.data_dir / "bundles"
+        assert left != pushed["digest"]
+        until(lambda: {path.name for path in copies.iterdir()} == {left}, "the copy of what is left")
 
 
 # Signatures
