@@ -46,6 +46,7 @@ async def ready(worker: Worker) -> JSONResponse:
     reasons = worker.reasons()
     about = {"reasons": reasons, "loading": worker.catalog.absence.waiting()}
     body = {"status": "not_ready" if reasons else "ready", **about, **_durability(worker)}
+    body["workers"] = {"serving": worker.team.serving, "of": worker.team.size}
     return JSONResponse(body, 503 if reasons else 200)
 
 
@@ -57,10 +58,11 @@ async def decision(decision_id: str, worker: Worker, caller: Whoever) -> Respons
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
-@views.get("/metrics", tags=["operations"], summary="Prometheus metrics")
+@views.get("/metrics", tags=["operations"], summary="Prometheus metrics, of all workers")
 async def metrics(worker: Worker) -> Response:
     worker.refresh_metrics()
-    return Response(generate_latest(worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    registry = await worker.team.registry(worker.metrics.registry)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def build_api(state: dict[str, Runtime]) -> FastAPI:

@@ -11,6 +11,7 @@ from service.api import build_api
 from service.body import Scope
 from service.runtime import Runtime, running
 from service.settings import Settings
+from service.team import Team
 
 log = structlog.get_logger(__name__)
 
@@ -18,8 +19,9 @@ log = structlog.get_logger(__name__)
 class App:
     """Pure ASGI. `runtime` is set while the lifespan runs."""
 
-    def __init__(self, settings: Settings, redis_url: str) -> None:
+    def __init__(self, settings: Settings, redis_url: str, team: Team) -> None:
         self._settings = settings
+        self._team = team
         self._redis_url = redis_url
         self._state: dict[str, Runtime] = {}
         self._api = build_api(self._state)
@@ -43,8 +45,9 @@ class App:
     async def _lifespan(self, receive: Any, send: Any) -> None:
         await receive()
         try:
-            async with running(self._settings, self._redis_url, CollectorRegistry()) as runtime:
+            async with running(self._settings, self._redis_url, CollectorRegistry(), self._team) as runtime:
                 self._state["runtime"] = runtime
+                self._team.serve(runtime.metrics)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
         except Exception as error:
@@ -52,6 +55,8 @@ class App:
             log.error("worker_failed", error=str(error), field=getattr(error, "field", None), started=started)
             await send({"type": f"lifespan.{'shutdown' if started else 'startup'}.failed", "message": str(error)})
             raise
+        finally:
+            self._team.leave()
         await send({"type": "lifespan.shutdown.complete"})
 
 

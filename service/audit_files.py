@@ -51,8 +51,7 @@ class Segment:
     def append(self, lines: Sequence[Line]) -> None:
         """Write lines and wait for the disk. Raises OSError; what was written then is not believed by readers."""
         if self._file < 0:
-            self._file = _open(self.path)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = _open_locked(self.path)
         raw = (b"\n" if self._torn else b"") + b"".join(line_of(line) + b"\n" for line in lines)
         self._torn = True
         _write(self._file, raw)
@@ -199,10 +198,24 @@ def _take(folder: Path) -> tuple[Path, int]:
 def _open(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the name must survive, too
-    os.close(folder)
+    _sync(path.parent)  # the name must survive, too
     return file
+
+
+def _open_locked(path: Path) -> int:
+    """Make a file that is locked before others can find it: a worker that starts takes an unlocked one for left."""
+    draft = path.with_suffix(".new")
+    file = _open(draft)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    draft.rename(path)
+    _sync(path.parent)
+    return file
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _write(file: int, raw: bytes) -> None:
@@ -218,14 +231,17 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _is_free(path: Path) -> bool:
-    file = os.open(path, os.O_RDWR)
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:  # its worker has ended it
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(file).st_nlink > 0  # else its worker has ended it, in between
     except OSError:
         return False
     finally:
         os.close(file)
-    return True
 
 
 def _cut_torn_end(file: int, path: Path) -> None:

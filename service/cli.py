@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+from typing import Annotated
 
 import structlog
 import typer
@@ -43,11 +45,15 @@ def main() -> None:
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    workers: Annotated[int | None, typer.Option(help="Processes that serve, instead of SUREFOOT_WORKERS.")] = None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C. Everything is set by SUREFOOT_ variables (`surefoot config show`)."""
     from service.logs import configure_logs
     from service.supervisor import serve as supervise
 
+    if workers is not None:
+        os.environ[f"{PREFIX}WORKERS"] = str(workers)  # workers read it, too
     settings = load_settings()
     configure_logs(settings.log_level)
     raise typer.Exit(supervise(settings))

@@ -45,7 +45,7 @@ async def obtain_keyring(setting: str | None, store: KeyStore, data_dir: Path) -
 
 def _write_private(path: Path, text: str) -> None:
     """Replace a file in one step, readable by its owner alone."""
-    fresh = path.with_name(path.name + ".new")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # workers that start together write the same
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
         file.flush()

@@ -200,6 +200,8 @@ class Metrics:
         self.audit_unchained = self._gauge("audit_unchained", "Entries on this disk that wait for their place.")
         self.audit_stopped = self._gauge("audit_stopped", "Whether the audit log does not take entries any more.")
         self.audit_faults = self._counter("audit_faults", "Audit logs found wrong: `file` or `fork`.", "kind")
+        self.workers = self._gauge("workers", "Workers that run.")
+        self.worker_restarts = self._gauge("worker_restarts", "How often those that run had to be replaced before.")
         self.control_age = self._gauge("control_age_seconds", "Since deployments were last read from Redis.")
         self.control_stale = self._gauge(
             "control_stale", "Whether the control state is too old for something: exploration, challenger.",

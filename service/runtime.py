@@ -60,6 +60,7 @@ from service.shadows import Shadows
 from service.shipper import Shipper
 from service.slots import take_slot
 from service.store_watch import StoreWatch
+from service.team import Team
 from service.tracing import Tracing
 from service.trimming import Rules, Trimming
 
@@ -98,6 +99,7 @@ class Runtime:
     roll: Roll
     rollouts: Rollouts
     rollout_changes: RolloutChanges
+    team: Team
     draining: bool = False
     dead: set[str] = field(default_factory=set)  # background loops that have raised and wait for their restart
 
@@ -138,7 +140,9 @@ class Runtime:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings, redis_url: str, registry: CollectorRegistry) -> AsyncIterator[Runtime]:
+async def running(
+    settings: Settings, redis_url: str, registry: CollectorRegistry, team: Team
+) -> AsyncIterator[Runtime]:
     """Build a worker, run its loops, and on leaving flush, ship and close."""
     async with contextlib.AsyncExitStack() as stack:
         clock = SystemClock()
@@ -239,6 +243,7 @@ async def running(settings: Settings, redis_url: str, registry: CollectorRegistr
             roll,
             Rollouts(streams, leader, catalog, changes, clock, estimating.gate_of),
             RolloutChanges(changes, clock),
+            team,
         )
         async with _loops(runtime):
             await runtime.refresh_store()
@@ -335,6 +340,7 @@ async def _loops(runtime: Runtime) -> AsyncIterator[None]:
             ("rollouts", runtime.rollouts.run),
             ("estimating", lambda: runtime.estimating.run(lambda: plans(runtime.catalog.states.values()))),
             ("trimming", lambda: runtime.trimming.run(runtime.policies)),
+            ("metrics", lambda: runtime.team.refresh(runtime.refresh_metrics)),
         )
     ]
     try:

@@ -67,7 +67,8 @@ class Settings(BaseSettings):
     replication_timeout_s: Seconds = Field(
         1.0, gt=0, le=60, description="An event waits this long for them; then rewards get 503."
     )
-    workers: Literal[1] = Field(1, description="Worker processes. One for now: scale by replicas.")
+    # Each is a process with its own networks; a machine has some hundred cores.
+    workers: int = Field(1, ge=1, le=256, description="Processes that serve, of a core each (docs/deploy.md).")
 
     admin_token: SecretStr | None = Field(
         default=None, description="Bearer token for /admin; made and printed when unset."

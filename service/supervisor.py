@@ -1,10 +1,10 @@
-"""The `serve` parent: owns the listening socket, the embedded Valkey and the worker; serves nothing itself.
+"""The `serve` parent: owns the listening socket, the embedded Valkey and the workers; serves nothing itself.
 
 Strategy: synchronous code with one loop that wakes twice a second or at a signal. The parent binds the socket, so a
-worker that dies is replaced without a refused connection. Valkey is started first and stopped last, after the worker's
-final ship.
-Promise: Ctrl-C and SIGTERM leave no process behind; if the parent itself is killed, the worker leaves by itself and the
-next start adopts the Valkey.
+worker that dies is replaced without a refused connection. Valkey is started first and stopped last, after the workers'
+final ship. What is done about workers stands in `crew.py`.
+Promise: Ctrl-C and SIGTERM leave no process behind; if the parent itself is killed, the workers leave by themselves and
+the next start adopts the Valkey.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import secrets
 import select
 import signal
 import socket
-import subprocess  # workers are this program again
 import sys
 import time
 
@@ -23,6 +22,7 @@ import structlog
 
 from policies.errors import ConfigError
 from service import tls
+from service.crew import Crew
 from service.settings import Settings
 from service.valkey import EmbeddedValkey
 
@@ -35,7 +35,6 @@ BIND_WAIT_S = 10.0
 EXIT_S = 15.0
 RESTART_PAUSE_S = 1.0
 REDIS_URL = "SUREFOOT_REDIS_URL"
-STARTUP_FAILURE = 3  # uvicorn's exit code when the lifespan could not start
 
 
 def serve(settings: Settings) -> int:
@@ -80,65 +79,25 @@ class _Stop:
         self.asked = True
 
 
-class _Worker:
-    """One worker process, and the pipe whose closing tells it that the parent is gone."""
-
-    def __init__(self, listener: socket.socket, redis_url: str, environment: dict[str, str]) -> None:
-        read, self._write = os.pipe()
-        self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "service.worker", str(listener.fileno()), str(read)],
-            pass_fds=(listener.fileno(), read),
-            env=environment | {REDIS_URL: redis_url},  # not an argument: it may hold a password
-            start_new_session=True,  # Ctrl-C reaches the parent, which tells the worker
-        )
-        os.close(read)
-        log.info("worker_started", pid=self._process.pid)
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self, timeout_s: float, stop: _Stop) -> int:
-        """Ask the worker to drain and leave; kill it when it does not."""
-        deadline = time.monotonic() + timeout_s
-        self._process.terminate()
-        while self._process.poll() is None and time.monotonic() < deadline:
-            stop.wait(TICK_S)
-        if self._process.poll() is None:
-            log.error("worker_killed", pid=self._process.pid)
-            self._process.kill()
-        return self._process.wait()
-
-    def close(self) -> None:
-        os.close(self._write)
-
-
 def _supervise(
     settings: Settings, listener: socket.socket, redis_url: str, valkey: EmbeddedValkey | None, stop: _Stop
 ) -> int:
-    environment = _environment(settings)
-    worker, first = _Worker(listener, redis_url, environment), True
+    environment = _environment(settings) | {REDIS_URL: redis_url}
+    crew = Crew(settings.workers, listener, environment, RESTART_PAUSE_S)
+    crew.look_after()
     host, port = listener.getsockname()[:2]
     scheme = "https" if settings.tls_cert else "http"
-    log.info("listening", url=f"{scheme}://{host}:{port}", data_dir=str(settings.data_dir))
-    code = 0
-    while not stop.asked:
-        stop.wait(TICK_S)
+    log.info("listening", url=f"{scheme}://{host}:{port}", data_dir=str(settings.data_dir), workers=settings.workers)
+    while not (stop.asked or crew.hopeless):
+        stop.wait(crew.due_in_s(TICK_S))
         if valkey:
             _look_after(valkey)
-        if worker.exit_code is not None and not stop.asked:
-            code = worker.exit_code
-            log.error("worker_died", exit_code=code)
-            worker.close()
-            if code == STARTUP_FAILURE and first:
-                return 1  # it has never started: the reason stands in the log, and would not change
-            stop.wait(RESTART_PAUSE_S)
-            worker, first = _Worker(listener, redis_url, environment), False
+        if not stop.asked:
+            crew.look_after()
     listener.close()
-    worker.stop(settings.drain_delay_s + settings.grace_s + EXIT_S, stop)
-    worker.close()
+    crew.stop(settings.drain_delay_s + settings.grace_s + EXIT_S, stop.wait)
     log.info("stopped")
-    return 0
+    return 1 if crew.hopeless else 0
 
 
 def _look_after(valkey: EmbeddedValkey) -> None:

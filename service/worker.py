@@ -16,13 +16,16 @@ from typing import Any
 import structlog
 import uvicorn
 from prometheus_client import disable_created_metrics
+from uvicorn.config import STARTUP_FAILURE
 
 from policies.errors import SurefootError
 from service import tls
 from service.app import App
+from service.door import Door
 from service.logs import configure_logs
 from service.settings import Settings, load_settings
 from service.slow_heads import watching
+from service.team import Team
 
 # Longer than what load balancers keep idle connections open (60 s is common), so that they close first.
 KEEP_ALIVE_S = 75
@@ -33,11 +36,28 @@ log = structlog.get_logger(__name__)
 class Server(uvicorn.Server):
     """uvicorn, draining before it closes."""
 
-    def __init__(self, config: uvicorn.Config, app: App, drain_delay_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, app: App, team: Team, drain_delay_s: float) -> None:
         super().__init__(config)
         self._app = app
+        self._team = team
         self._drain_delay_s = drain_delay_s
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does; with other workers on the same socket, through a door."""
+        if not self._team.boards or sockets is None:
+            await super().startup(sockets)
+            return
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        options = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        protocol, team = self.config.http_protocol_class, self._team
+        doors = [Door(each, protocol, options, self.config.ssl, team.mine, team.others) for each in sockets]
+        for door in doors:
+            door.open()
+        self.servers = doors  # type: ignore[assignment]  # what it does with servers a door can
+        self.started = True
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """First signal: drain. Second: close at once."""
@@ -64,22 +84,23 @@ class Server(uvicorn.Server):
 
 
 def main(arguments: list[str]) -> int:
-    """Run a worker. Arguments: the descriptors of the listening socket and of the parent's pipe."""
+    """Run a worker. Arguments: descriptors of the listening socket and of the parent's pipe; what `Team.of` reads."""
     listener, parent = int(arguments[0]), int(arguments[1])
+    team = Team.of(arguments[2:])
     settings = load_settings()
     assert settings.redis_url is not None  # the parent says where its Valkey is
     redis_url = settings.redis_url.get_secret_value()
     configure_logs(settings.log_level)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nothing here reads
     try:
-        return _serve(settings, socket.socket(fileno=listener), parent, redis_url)
+        return _serve(settings, socket.socket(fileno=listener), parent, redis_url, team)
     except SurefootError as error:
         log.error("worker_failed", error=error.detail, field=error.field)
         return 1
 
 
-def _serve(settings: Settings, listener: socket.socket, parent: int, redis_url: str) -> int:
-    app = App(settings, redis_url)
+def _serve(settings: Settings, listener: socket.socket, parent: int, redis_url: str, team: Team) -> int:
+    app = App(settings, redis_url, team)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -95,7 +116,7 @@ def _serve(settings: Settings, listener: socket.socket, parent: int, redis_url: 
         backlog=2048,
         **tls.options(settings),
     )
-    server = Server(config, app, settings.drain_delay_s)
+    server = Server(config, app, team, settings.drain_delay_s)
 
     async def serve() -> None:
         # Nothing is ever written to the pipe: it becomes readable when the parent's end closes.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
-from service import supervisor
+from service import crew, supervisor
 from service.cli import main
 
 LAUNCH = (sys.executable, "-m", "tests.faults.launcher", "serve")
@@ -21,5 +21,7 @@ class Popen(subprocess.Popen[bytes]):
 if __name__ == "__main__":
     assert supervisor.RESTART_PAUSE_S > 0
     supervisor.RESTART_PAUSE_S = 0.05  # type: ignore[misc,unused-ignore]
+    assert crew.STEADY_S > 0
+    crew.STEADY_S = 0  # type: ignore[misc,unused-ignore]
     subprocess.Popen = Popen  # type: ignore[assignment,misc]
     main()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service import supervisor
+from service import crew
 from tests.faults.failing_worker import FUNCTIONS
 from tests.faults.launcher import WORKER
 
@@ -21,4 +21,4 @@ def test_every_point_exists(point: str, owner: Any) -> None:
 
 
 def test_the_supervisor_starts_the_worker_that_is_replaced() -> None:
-    assert f'"{WORKER}"' in inspect.getsource(supervisor)
+    assert f'"{WORKER}"' in inspect.getsource(crew)

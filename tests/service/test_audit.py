@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -178,6 +179,26 @@ def test_a_segment_tells_what_was_begun_and_what_was_done(tmp_path: Path) -> Non
     told = {segment.path: [statement(1, outcome="done"), statement(2)]}
     assert leftovers(tmp_path) == told
     assert told[segment.path][1].outcome == "unknown"
+
+
+def test_a_living_segment_is_at_no_moment_taken_for_one_that_was_left(tmp_path: Path) -> None:
+    stop, taken = threading.Event(), list[Path]()
+
+    def look() -> None:
+        while not stop.is_set():
+            taken.extend(leftovers(tmp_path))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for number in range(200):
+            segment = Segment(tmp_path, f"s{number}")
+            segment.append([Line(done=statement(1))])
+            segment.close(remove=True)
+    finally:
+        stop.set()
+        looking.join()
+    assert taken == []
 
 
 def test_a_write_that_failed_spoils_no_later_one(tmp_path: Path) -> None:

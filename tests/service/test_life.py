@@ -219,7 +219,7 @@ def test_a_second_service_on_the_same_data_directory_is_refused(fresh: Server) -
         ({"SUREFOOT_COLOUR": "red"}, "SUREFOOT_COLOUR"),
         ({"SUREFOOT_PORT": "many"}, "SUREFOOT_PORT"),
         ({"SUREFOOT_DEVICE": "tpu"}, "SUREFOOT_DEVICE"),
-        ({"SUREFOOT_WORKERS": "3"}, "SUREFOOT_WORKERS"),
+        ({"SUREFOOT_WORKERS": "0"}, "SUREFOOT_WORKERS"),
         ({"SUREFOOT_HOST": "0.0.0.0"}, "SUREFOOT_CLIENT_TOKEN"),
     ],
 )
