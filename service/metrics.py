@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from policies.types import Role
 from safety.types import FallbackReason
 from service.estimate_metrics import EstimateMetrics
+from service.rollout_metrics import RolloutMetrics
 from service.shadow_metrics import ShadowMetrics
 from service.wire import INTERNAL, UNRECORDED, ActResponse
 
@@ -214,6 +215,7 @@ class Metrics:
         )
         self.shadows = ShadowMetrics(registry, SECONDS)
         self.estimates = EstimateMetrics(registry)
+        self.rollouts = RolloutMetrics(registry)
         self.info = Gauge(
             "surefoot_policy_info", "Loaded versions.", ["policy", "version", "digest", "role"], registry=registry
         )

@@ -38,6 +38,7 @@ from service.leader import Leader
 from service.outcomes import outcome
 from service.redis_streams import RedisStreams, base
 from service.rolling import followed, salt_of
+from service.rollout_metrics import RolloutMetrics
 from service.standing import Document, PolicyState
 from shadow.evidence import Kept, Shown, Trial
 from shadow.gate import Verdict as GateVerdict
@@ -132,6 +133,7 @@ class Rollouts:
         changes: Changes,
         clock: Clock,
         gate_of: GateOf,
+        metrics: RolloutMetrics,
     ) -> None:
         self._streams = streams
         self._leader = leader
@@ -139,6 +141,7 @@ class Rollouts:
         self._changes = changes
         self._clock = clock
         self._gate_of = gate_of
+        self._metrics = metrics
         self._watches: dict[str, _Watch] = {}
         self._rested: dict[str, str] = {}
 
@@ -170,10 +173,13 @@ class Rollouts:
     async def _turn(self, state: PolicyState, document: Document, standing: Standing) -> None:
         of = f"{standing.id}:{standing.generation}"
         if not standing.under_way:
+            self._metrics.tell(state.name, standing, None)
             await self._rest(state.name, of)
             return
         if not await self._leader.leads(state.name):
             self._watches.pop(state.name, None)
+            said = await self.view(state.name)
+            self._metrics.tell(state.name, standing, said.evidence if said is not None and said.of == of else None)
             return
         gate = self._gate_of(state.name, standing.version) if standing.stage is Stage.SHADOW else None
         watch = self._watches.get(state.name)
@@ -183,7 +189,7 @@ class Rollouts:
             await self._read(state.name, document, watch, watch.trial)
         evidence = _evidence(standing, watch.trial, gate)
         proposal = propose(standing, evidence, self._clock.event_ms())
-        await self._keep(state.name, watch, proposal, gate)
+        await self._keep(state.name, standing, watch, proposal, gate)
         if proposal.move is not None or proposal.pause:
             await self._follow(state.name, standing, proposal, watch.trial)
 
@@ -228,11 +234,14 @@ class Rollouts:
             del watch.began[next(iter(watch.began))]
         watch.low = before(next(iter(watch.began.values()))) if watch.began else watch.cursor
 
-    async def _keep(self, policy: str, watch: _Watch, proposal: Proposal, gate: GateVerdict | None) -> None:
+    async def _keep(
+        self, policy: str, standing: Standing, watch: _Watch, proposal: Proposal, gate: GateVerdict | None
+    ) -> None:
         """Have what is known stand in Redis before anything follows from it. Raises _Taken."""
         trial = watch.trial
         shown = None if trial is None else trial.shown(self._clock.event_ms())
         view = _json(View(watch.of, proposal.reason, shown, gate))
+        self._metrics.tell(policy, standing, shown)
         kept = b"" if trial is None else _encode(trial.kept)
         through = [] if trial is None else list(trial.book.take_through().items())
         for names in _slices(through):
@@ -258,6 +267,7 @@ class Rollouts:
 
         with contextlib.suppress(MoveRefused), by_itself(name, standing.version):
             state = await self._changes.amend(policy, None, change, "surefoot")
+            self._metrics.moves.labels(policy, standing.version, name).inc()
             log.info("rollout_moved", policy=policy, version=standing.version, move=name, reason=proposal.reason)
             self._watches.pop(state.name, None)
 

@@ -241,7 +241,7 @@ async def running(
             clock,
             admission,
             roll,
-            Rollouts(streams, leader, catalog, changes, clock, estimating.gate_of),
+            Rollouts(streams, leader, catalog, changes, clock, estimating.gate_of, metrics.rollouts),
             RolloutChanges(changes, clock),
             team,
         )

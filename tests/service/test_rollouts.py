@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import redis
 from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
 
 from policies.deployment import Deployment, RewardPolicy
 from policies.errors import GenerationMoved, StoreAway
@@ -29,6 +30,7 @@ from service.ids import policy_digest
 from service.leader import Leader
 from service.redis_streams import RedisStreams, base, connect
 from service.rolling import begun, paused, salt_of
+from service.rollout_metrics import RolloutMetrics
 from service.rollouts import GROUP, KEEP, SETTLE_MS, Rollouts, View, before
 from service.standing import Known, PolicyState
 from shadow.gate import Verdict as GateVerdict
@@ -92,6 +94,7 @@ class World:
         self.numbers = count()
         self.gate: GateVerdict | None = None
         self.documents = Documents(Control(streams), policy)
+        self.registries: list[CollectorRegistry] = []
 
     async def begin(self, plan: RolloutPlan = PLAN, **reward: Any) -> None:
         deployment = Deployment(
@@ -108,8 +111,15 @@ class World:
         own = Documents(Control(streams or self.streams), self.policy)
         own.state, own.moves = self.documents.state, self.documents.moves
         streams = streams or self.streams
+        self.registries.append(CollectorRegistry())
         return Rollouts(
-            streams, leader or Leader(streams, name), cast(Catalog, own), cast(Changes, own), self.clock, self.gate_of
+            streams,
+            leader or Leader(streams, name),
+            cast(Catalog, own),
+            cast(Changes, own),
+            self.clock,
+            self.gate_of,
+            RolloutMetrics(self.registries[-1]),
         )
 
     @property
@@ -379,6 +389,44 @@ def test_a_worse_version_is_quarantined_also_while_paused_and_by_hand(valkey_url
         assert document is not None
         assert (mine.standing.stage, document.deployment.challengers) == (Stage.QUARANTINED, [])
         assert document.marks["v2"].reason.startswith("return")
+
+    run(valkey_url, policy, scenario)
+
+
+def test_every_replica_tells_prometheus_the_same_and_nothing_once_it_is_over(valkey_url: str, policy: str) -> None:
+    def told(mine: World) -> list[dict[str, float]]:
+        return [
+            {
+                f"{each.name}{sorted(each.labels.items())}": each.value
+                for family in registry.collect()
+                for each in family.samples
+                if family.type == "gauge"
+            }
+            for registry in mine.registries
+        ]
+
+    async def scenario(mine: World) -> None:
+        await mine.begin(replace(PLAN, min_units=150))
+        leader, other = mine.controller("a"), mine.controller("b")
+        await mine.close(200, alike)
+        await mine.through()
+        for controller in (leader, other):
+            await turn(mine, controller)
+        one, two = told(mine)
+        assert one == two
+        assert sum(value for name, value in one.items() if name.startswith("surefoot_rollout_units")) == 200
+        assert any("quarantine" in name and "upper" in name for name in one)
+        await mine.close(800, lambda challenger: 0.0 if challenger else 1.0)
+        await mine.through()
+        for _ in range(2):
+            for controller in (leader, other):
+                await turn(mine, controller)
+        assert mine.standing.stage is Stage.QUARANTINED
+        assert told(mine) == [{}, {}]
+        moves = mine.registries[0].get_sample_value(
+            "surefoot_rollout_moves_total", {"policy": policy, "version": "v2", "move": "roll_back"}
+        )
+        assert moves == 1.0
 
     run(valkey_url, policy, scenario)
 
