@@ -159,7 +159,9 @@ class Rollouts:
                 continue
             try:
                 await self._turn(state, document, document.standing)
-            except (StoreAway, GenerationMoved, _Taken) as error:
+            except StoreAway as error:  # what has been read stays: to read it all again may take longer than Redis stays
+                log.debug("rollout_waits", policy=state.name, reason=error.detail)
+            except (GenerationMoved, _Taken) as error:
                 self._watches.pop(state.name, None)
                 log.debug("rollout_waits", policy=state.name, reason=str(error))
             except SurefootError as error:
@@ -247,7 +249,12 @@ class Rollouts:
         for names in _slices(through):
             flat = [part for name, seen in names for part in (seen, name)]
             arguments = (watch.turn, watch.turn + 1, watch.of, kept, watch.low, view, GROUP, int(watch.anew), *flat)
-            if not await self._streams.script(KEEP, base(policy), *arguments):
+            try:
+                kept_it = await self._streams.script(KEEP, base(policy), *arguments)
+            except StoreAway:
+                self._watches.pop(policy, None)  # kept or not: Redis knows
+                raise
+            if not kept_it:
                 raise _Taken("another leader has counted meanwhile")
             watch.turn, watch.anew = watch.turn + 1, False
 

@@ -31,7 +31,7 @@ from service.leader import Leader
 from service.redis_streams import RedisStreams, base, connect
 from service.rolling import begun, paused, salt_of
 from service.rollout_metrics import RolloutMetrics
-from service.rollouts import GROUP, KEEP, SETTLE_MS, Rollouts, View, before
+from service.rollouts import GROUP, KEEP, READ, SETTLE_MS, Rollouts, View, before
 from service.standing import Known, PolicyState
 from shadow.gate import Verdict as GateVerdict
 from shadow.rollout import Move, Stage, Standing
@@ -374,6 +374,39 @@ def test_a_lost_answer_changes_nothing(valkey_url: str, policy: str) -> None:
         assert evidence is not None
         assert evidence.units.challenger + evidence.units.champion == 300
         await losing.aclose()
+
+    run(valkey_url, policy, scenario)
+
+
+class Slow(RedisStreams):
+    """Answers every second reading of the stream, as a Redis does that is always close to the limit."""
+
+    readings = 0
+
+    async def script(self, source: bytes, key: str, *arguments: Any) -> Any:
+        self.readings += source is READ
+        if source is READ and self.readings % 2 == 0:
+            raise StoreAway("no answer came")
+        return await super().script(source, key, *arguments)
+
+
+def test_a_turn_that_is_cut_short_has_read_what_it_has_read(
+    valkey_url: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.rollouts.PAGE", 50)
+
+    async def scenario(mine: World) -> None:
+        await mine.begin(replace(PLAN, min_units=10**6))
+        slow = Slow(connect(valkey_url))
+        controller = mine.controller("a", slow)
+        await mine.close(300, alike)
+        await mine.through()
+        for _ in range(10):
+            await turn(mine, controller)
+        evidence = (await mine.view()).evidence
+        assert evidence is not None
+        assert evidence.units.challenger + evidence.units.champion == 300
+        await slow.aclose()
 
     run(valkey_url, policy, scenario)
 
