@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from policies.deployment import RouteBy
 from policies.errors import GenerationMoved, MoveRefused, StoreAway, SurefootError
@@ -217,7 +218,7 @@ class Rollouts:
         low = fields[3].decode() if goes_on else await self._beginning(now_ms - since_ms)
         salt = salt_of(document, policy_digest(policy))
         try:
-            trial = Trial(standing, _units(document, standing), salt, kept, known, since_ms)
+            trial = Trial(_dealt(document, standing), _units(document, standing), salt, kept, known, since_ms)
         except ValueError as error:
             log.warning("rollout_measures_nothing", policy=policy, version=standing.version, reason=str(error))
             return _Watch(of, turn, None, True)
@@ -318,6 +319,11 @@ def _evidence(standing: Standing, trial: Trial | None, gate: GateVerdict | None)
     if standing.stage is Stage.SHADOW and gate is not None:
         return Evidence(None, 0, gate=gate.outcome, reason="; ".join(gate.reasons))
     return Evidence(None, 0)
+
+
+def _dealt(document: Document, standing: Standing) -> Standing:
+    """Episodes and single decisions are new in each step: none of them was the challenger's before."""
+    return standing if document.deployment.route_by in (None, "key") else replace(standing, floor=0.0)
 
 
 def _units(document: Document, standing: Standing) -> Plan:

@@ -590,3 +590,24 @@ def test_the_lease_is_held_by_one_and_given_up(valkey_url: str, policy: str, sto
         assert await two.leads(policy)
 
     run(valkey_url, policy, scenario)
+
+
+def test_episodes_are_dealt_anew_in_each_step(valkey_url: str, policy: str) -> None:
+    async def scenario(mine: World) -> None:
+        await mine.begin()
+        document = mine.documents.state.document
+        assert document is not None
+        assert document.standing is not None
+        for route_by, meant in (("episode", 0.5), ("decision", 0.5), ("key", 0.375)):
+            deployment = replace(document.deployment, route_by=route_by)
+            standing = replace(document.standing, weight=0.5, floor=0.2)
+            mine.documents.state = PolicyState(
+                policy, known=Known(1, replace(document, deployment=deployment, standing=standing))
+            )
+            await mine.streams.command("DEL", f"{base(policy)}:rollout")
+            await mine.controller("a").run_once()
+            evidence = (await mine.view()).evidence
+            assert evidence is not None
+            assert evidence.ratio.meant == meant, route_by
+
+    run(valkey_url, policy, scenario)
