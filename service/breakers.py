@@ -51,10 +51,11 @@ class Breakers:
             return False  # the network was not asked
         fault = group.failure is not None or _faulty(group)
         slow = group.infer_s * 1000 > bundle.latency_budget_ms
-        if bundle.version == group.plan.baseline and not fault:
+        last = bundle.version == group.plan.baseline  # nothing better is left: its slowness opens nothing
+        if last and not fault:
             self.observe_baseline(slow)
         breaker = self._of(group.version)
-        if breaker.observe(now_s, fault=fault, slow=slow) is Action.PUBLISH:
+        if breaker.observe(now_s, fault=fault, slow=slow and not last) is Action.PUBLISH:
             self._tell(bundle.policy, bundle.version)
         return breaker.wants_baseline
 

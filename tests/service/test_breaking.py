@@ -144,6 +144,28 @@ def test_a_slow_version_hands_over_while_the_baseline_keeps_its_budget() -> None
     asyncio.run(work())
 
 
+def test_a_baseline_that_was_slow_for_a_while_goes_on_answering() -> None:
+    async def work() -> None:
+        baseline = version(METRICS, "v0", linear([[1, 0], [0, 1]]), latency_budget_ms=50.0)
+        in_force = plan(versions("v1") | {"v0": baseline}, baseline="v0")
+        with decider(in_force) as (pipeline, _, clock):
+            pipeline.safeguards = Safeguards(frozenset({"baseline_only"}))
+            real, takes_ms = baseline.engine.step, [0]
+
+            def step(*args: object) -> object:
+                clock.advance(takes_ms[0])
+                return real(*args)  # type: ignore[arg-type]
+
+            baseline.engine.step = step  # type: ignore[method-assign,assignment]
+            for each_ms, calls in ((100, 19), (0, 150), (100, 1)):
+                takes_ms[0] = each_ms
+                await answers(pipeline, GOOD, calls)
+            (last,) = await answers(pipeline, GOOD, 1)
+            assert (last.version, last.fallback) == ("v0", None)
+
+    asyncio.run(work())
+
+
 def test_the_baseline_is_timed_beside_the_answers() -> None:
     async def work() -> None:
         told: list[bool] = []
