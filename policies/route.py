@@ -24,15 +24,17 @@ class Routes:
     challenger: str | None = None
     weight: float = 0.0
     route_by: RouteBy | None = None
+    generation: int = 0  # of the control state that says so
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The version that routing chose, its role, and the routing weight it had at that time."""
+    """The version that routing chose, its role, the routing weight it had at that time, and of which control state."""
 
     version: str
     role: Role
     weight: float
+    generation: int = 0  # 0: not known
 
 
 def bucket(salt: bytes, challenger: str, unit: str) -> int:
@@ -50,5 +52,5 @@ def unit_of(route_by: RouteBy | None, key: str | None, episode: str | None, deci
 def assign(routes: Routes, unit: str) -> Assignment:
     """Assign a unit to a version."""
     if routes.challenger is not None and bucket(routes.salt, routes.challenger, unit) < routes.weight * BUCKETS:
-        return Assignment(routes.challenger, "challenger", routes.weight)
-    return Assignment(routes.champion, "champion", 1.0 - routes.weight)
+        return Assignment(routes.challenger, "challenger", routes.weight, routes.generation)
+    return Assignment(routes.champion, "champion", 1.0 - routes.weight, routes.generation)

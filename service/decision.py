@@ -143,6 +143,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     monitored: tuple[str, ...] = ()  # rules in monitor mode that the executed action breaks
     window: str = ""  # the budget's window that an explored decision is charged to
     price: float = 0.0  # what it costs of the regret budget
+    pinned: int = 0  # generation of the control state in which the episode was assigned; 0: this decision's
     slow: bool = False  # the network took longer than its version's latency budget
     v: int = SCHEMA_VERSION
 

@@ -79,6 +79,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     dtype: Literal["<f4", "<f8"]
     before: bytes
     after: bytes
+    generation: int = 0
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -94,6 +95,7 @@ def encode(kept: Kept, after: Row) -> bytes:
         _Wire(
             FORMAT, kept.decision_id, kept.step, kept.digest, kept.version,
             began.version, began.role, began.weight, dtype, before, now,
+            began.generation,
         )
     )  # fmt: skip
 
@@ -105,7 +107,7 @@ def decode(raw: bytes) -> Kept | None:
         before, after = np.frombuffer(wire.before, wire.dtype), np.frombuffer(wire.after, wire.dtype)
     except (msgspec.DecodeError, ValueError):
         return None
-    began = Assignment(wire.assigned, wire.role, wire.weight)
+    began = Assignment(wire.assigned, wire.role, wire.weight, wire.generation)
     return Kept(began, wire.version, wire.digest, wire.step, wire.decision_id, before, after)
 
 

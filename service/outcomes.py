@@ -35,6 +35,7 @@ class Told(msgspec.Struct, frozen=True):
     stand_in: str | None = None
     propensity_reason: str | None = None
     slow: bool = False
+    pinned: int = 0
 
 
 _told = msgspec.msgpack.Decoder(Told)
@@ -52,7 +53,7 @@ def outcome(fields: list[Any], route_by: RouteBy | None) -> Outcome:
         at_ms=int(at_ms),
         assigned=record.assigned_version,
         weight=record.weight,
-        generation=record.generation,
+        generation=record.pinned or record.generation,
         episode=lasting,
         reward=float(reward) if join == b"joined" else None,
         quarantined=join == b"quarantined",

@@ -210,6 +210,7 @@ class _Rows:
             frozen=self._frozen is not None and self._frozen[i],
             window=self._settled.windows if self._explored[i] else "",
             price=self._paid[i] if self._explored[i] else 0.0,
+            pinned=assigned.generation if assigned.generation != self._plan.generation else 0,
             slow=group.infer_s * 1000 > self._bundle.latency_budget_ms,
             **(self._points.of(i, passed) if self._points else {}),
         )

@@ -9,7 +9,7 @@ the standing's weight; one that is quarantined decides nothing until a person re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
@@ -41,6 +41,18 @@ def begun(document: Document, version: str, digest: str, rollout_id: str, reason
     )
     cleared = {label: each for label, each in document.marks.items() if label != version}
     return _moved(replace(document, marks=cleared), standing, Move.WATCH if plan.shadow else Move.TRY, reason, now_ms)
+
+
+def next_version(document: Document, pushed: Mapping[str, int]) -> str | None:
+    """The version whose rollout should begin by itself: the one pushed last, if it has not been tried. pushed: when."""
+    plan, standing = document.rollout, document.standing
+    if plan is None or plan.begin != "pushed" or not pushed or (standing is not None and standing.under_way):
+        return None
+    newest = max(pushed, key=lambda label: pushed[label])
+    known = {document.deployment.champion, *([] if standing is None else [standing.version])}
+    if newest in known | document.marks.keys() | document.deployment.by_role.keys():
+        return None
+    return newest if all(pushed[newest] > pushed.get(label, 0) for label in known) else None
 
 
 def returns_of(plan: RolloutPlan, deployment: Deployment) -> tuple[float, float]:

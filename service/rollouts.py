@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
+from uuid import uuid4
 
 import msgspec
 import structlog
@@ -39,7 +40,7 @@ from service.ids import policy_digest
 from service.leader import Leader
 from service.outcomes import outcome
 from service.redis_streams import RedisStreams, base
-from service.rolling import followed, salt_of
+from service.rolling import begun, followed, next_version, salt_of
 from service.rollout_metrics import RolloutMetrics
 from service.standing import Document, PolicyState
 from shadow.evidence import Kept, Shown, Trial
@@ -151,6 +152,7 @@ class Rollouts:
         self._metrics = metrics
         self._watches: dict[str, _Watch] = {}
         self._rested: dict[str, str] = {}
+        self._refused: dict[str, tuple[str, int]] = {}  # what could not begin by itself, and at which generation
 
     async def run(self) -> None:
         """Look after rollouts for ever."""
@@ -162,10 +164,12 @@ class Rollouts:
         """One turn for each policy. Never raises for what may pass."""
         for state in list(self._catalog.states.values()):
             document = state.document
-            if document is None or document.standing is None:
+            if document is None:
                 continue
             try:
-                await self._turn(state, document, document.standing)
+                await self._begin_next(state, document)
+                if document.standing is not None:
+                    await self._turn(state, document, document.standing)
             except StoreAway as error:  # what has been read stays: else a Redis that is often late holds it for ever
                 log.debug("rollout_waits", policy=state.name, reason=error.detail)
             except (GenerationMoved, _Taken) as error:
@@ -173,6 +177,28 @@ class Rollouts:
                 log.debug("rollout_waits", policy=state.name, reason=str(error))
             except SurefootError as error:
                 log.warning("rollout_does_not_move", policy=state.name, reason=error.detail)
+
+    async def _begin_next(self, state: PolicyState, document: Document) -> None:
+        """Begin what begins by itself. What is refused is told once, and tried again when something has changed."""
+        label = next_version(document, {each.version: each.pushed_at_ms for each in state.known.versions.values()})
+        if label is None or self._refused.get(state.name) == (label, document.generation):
+            return
+        if not await self._leader.leads(state.name):
+            return
+
+        def change(state: PolicyState, document: Document) -> Document:
+            digest = state.digest(label) or ""
+            return begun(document, label, digest, uuid4().hex[:12], "pushed", self._clock.event_ms())
+
+        try:
+            with by_itself("begin", label):
+                await self._changes.amend(state.name, document.generation, change, "surefoot")
+            log.info("rollout_begun", policy=state.name, version=label)
+        except (StoreAway, GenerationMoved):
+            raise
+        except SurefootError as error:
+            self._refused[state.name] = label, document.generation
+            log.warning("rollout_not_begun", policy=state.name, version=label, reason=error.detail)
 
     async def view(self, policy: str) -> View | None:
         """What the leader said last. Raises StoreAway."""

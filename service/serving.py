@@ -165,6 +165,7 @@ def plan_of(policy: str, document: Document, versions: Mapping[str, LoadedVersio
             challenger=challenger.version if challenger else None,
             weight=challenger.weight if challenger else 0.0,
             route_by=deployment.route_by,
+            generation=document.generation,
         ),
         versions=dict(versions),
         window_ms=int(deployment.reward.window_s * 1000),

@@ -102,6 +102,14 @@ class Shadows:
             {"version": label, "digest": each.digest} | each.runner.view() for label, each in sorted(watching.items())
         ]
 
+    def fault_of(self, policy: str, label: str) -> str | None:
+        """Why a shadow is not asked any more here; None: it watches, or is none."""
+        each = self._watching.get(policy, {}).get(label)
+        now = None if each is None else each.runner.statistics()
+        if now is None or now.status not in ("tripped", "failed"):
+            return None
+        return f"its shadow {now.status}" + (f": {now.why}" if now.why else "")
+
     def refresh_metrics(self) -> None:
         for policy, watching in self._watching.items():
             for label, each in watching.items():

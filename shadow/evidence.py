@@ -23,6 +23,7 @@ from shadow.units import Book, Outcome, Plan, Step
 from shadow.verdicts import Reading, Verdict, verdict
 
 FEW = 30  # units of the challenger: a step that will have fewer shows nothing
+LATE_MS = 60_000  # a producer that dies holds event time back by `max_lag` at most
 EARLY_MS = 60_000  # before that, how many there will be is anybody's guess
 
 
@@ -175,6 +176,11 @@ class Trial:
         for measure, reading in self.readings().items():
             if reading.lost:
                 found.append(f"{measure}: {reading.lost} units of {self.standing.version} lie below the declared range")
+        lag_ms = at_ms - kept.ripe_ms
+        if 0 < kept.ripe_ms < at_ms - LATE_MS:
+            found.append(
+                f"what closed is known until {lag_ms / 1000:.0f} s ago: a producer is silent, or the join is late"
+            )
         if kept.left_out.get("full"):
             found.append(f"{kept.left_out['full']} decisions were left out: too many units are open")
         return found

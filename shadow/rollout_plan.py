@@ -57,6 +57,7 @@ class RolloutPlan(Struct, forbid_unknown_fields=True, frozen=True):
     shadow: bool = True  # watch first
     gate: Literal["required", "advisory"] = "required"  # advisory: no evidence does not hold it, what refutes it does
     mode: Mode = "auto"
+    begin: Literal["by_hand", "pushed"] = "by_hand"  # pushed: the version that was pushed last, by itself
     hold_s: Seconds = 3_600.0  # a step lasts this long at least: less would not see a day's hours
     min_units: Annotated[int, Meta(ge=1)] = 30  # of the challenger, in each step
     max_duration_s: Seconds = 7 * 86_400.0  # of a step: then it waits for a person

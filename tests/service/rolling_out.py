@@ -16,7 +16,10 @@ BATCH = 64
 
 
 class Traffic:
-    """Batches of decisions, one after the other, until it is stopped. worth: of an action."""
+    """Batches of decisions, one after the other, until it is stopped.
+
+    worth: of an action. columns: of the batch, made of the numbers of batch and row.
+    """
 
     def __init__(self, admin: Admin, policy: str, worth: Callable[[Any], float], **columns: Any) -> None:
         self._admin, self._policy, self._worth, self._columns = admin, policy, worth, columns
@@ -49,7 +52,7 @@ class Traffic:
 
     def _once(self, http: httpx.Client, number: int) -> None:
         columns = {name: [make(number, i) for i in range(BATCH)] for name, make in self._columns.items()}
-        body = {"policy": self._policy, "states": [STATE] * BATCH, **columns}
+        body = {"policy": self._policy, "states": [STATE] * BATCH} | columns
         answer = http.post("/v1/act/batch", json=body)
         assert answer.status_code == 200, answer.text
         told = answer.json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -21,7 +22,7 @@ from service.decision import decode_record
 from service.history import replay
 from service.ledger import Appended, Ledger
 from service.metrics import Metrics
-from service.plan import Outcome, Row
+from service.plan import Outcome, Plan, Row
 from service.wire import ActResponse
 from tests.policies.networks import indexer, linear, logarithm
 from tests.service.pipelines import IDENTITY, KEYS, decider, plan, recorded, rows, version
@@ -300,6 +301,36 @@ def test_an_episode_whose_version_is_gone_switches_and_says_so() -> None:
             assert [before.version, *(a.version for a in after)] == ["v2", "v1", "v1"]
             assert [a.switched for a in (before, *after)] == [False, True, False]
             assert [decode_record(event.record).switched for event in recorded(ledger)] == [False, True, False]
+
+    run(work)
+
+
+def test_an_episode_leaves_a_version_that_was_rolled_back_at_once() -> None:
+    versions = {"v1": constant("v1", 0), "v2": constant("v2", 1)}
+
+    async def work() -> None:
+        with decider(plan(versions, "v2", 1.0)) as (pipeline, *_):
+            (before,) = answered(await pipeline.decide(rows([0.0, 1.0], episode="e")))
+            pipeline.plan = dataclasses.replace(plan(versions), barred=frozenset({"v2"}))  # it stays loaded
+            (after,) = answered(await pipeline.decide(rows([0.0, 1.0], episode="e")))
+            assert (before.version, after.version, after.switched) == ("v2", "v1", True)
+
+    run(work)
+
+
+def test_records_say_in_which_control_state_an_episode_was_assigned() -> None:
+    def at(generation: int, weight: float) -> Plan:
+        found = plan({"v1": V1, "v2": constant("v2", 1)}, "v2", weight)
+        routes = dataclasses.replace(found.routes, generation=generation)
+        return dataclasses.replace(found, generation=generation, routes=routes)
+
+    async def work() -> None:
+        with decider(at(7, 1.0)) as (pipeline, ledger, _):
+            for generation in (7, 9):
+                pipeline.plan = at(generation, 0.5)
+                await pipeline.decide([*rows([0.0, 1.0], episode="e"), *rows([0.0, 1.0], episode=f"e{generation}")])
+            found = [decode_record(event.record) for event in recorded(ledger)]
+            assert sorted((each.generation, each.pinned) for each in found) == [(7, 0), (7, 0), (9, 0), (9, 7)]
 
     run(work)
 

@@ -180,5 +180,8 @@ def test_what_cannot_be_read_is_nothing() -> None:
     for place, odd in ((0, 2), (8, "<f2"), (9, b"\0" * 5), (6, "janitor"), (1, None)):
         other = [*fields[:place], odd, *fields[place + 1 :]]
         assert decode(msgspec.msgpack.encode(other)) is None, (place, odd)
-    for raw_other in (b"", raw[:-1], raw[:20], b"\xc1", msgspec.msgpack.encode(fields[:-1])):
+    for raw_other in (b"", raw[:-1], raw[:20], b"\xc1", msgspec.msgpack.encode(fields[:-2])):
         assert decode(raw_other) is None
+    from_before = decode(msgspec.msgpack.encode(fields[:-1]))
+    assert from_before is not None
+    assert from_before.assignment.generation == 0, "an earlier release did not say when"

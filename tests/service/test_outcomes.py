@@ -42,6 +42,10 @@ def test_the_unit_is_what_routing_hashed(route_by: Any, key: str | None, episode
     assert outcome(entry(key=key, episode=episode), route_by).unit == unit
 
 
+def test_a_unit_is_of_the_control_state_that_assigned_it() -> None:
+    assert outcome(entry(pinned=3), "episode").generation == 3
+
+
 def test_rewards_count_only_where_one_joined() -> None:
     assert outcome(entry("defaulted", "0.0"), None).reward is None
     found = outcome(entry("quarantined", ""), None)

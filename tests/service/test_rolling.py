@@ -19,6 +19,7 @@ from service.rolling import (
     begun,
     followed,
     made,
+    next_version,
     paused,
     quarantined,
     redeployed,
@@ -207,6 +208,31 @@ def test_the_range_of_returns_comes_from_the_plan_or_the_rewards_or_is_asked_for
     assert stands(straight) == ("v1", [("v2", 0.01)], [])
     with pytest.raises(InvalidField):
         begun(replace(document(), rollout=None), "v2", "", "r", "", NOW)
+
+
+@pytest.mark.parametrize(
+    ("at", "pushed", "expected"),
+    [
+        (document(), {"v1": 1, "v2": 2}, "v2"),
+        (document(), {"v2": 2}, "v2"),  # the champion is the directory's
+        (document(), {"v1": 1}, None),
+        (document(), {}, None),
+        (document(), {"v1": 3, "v2": 2}, None),  # the champion is newer
+        (document(), {"v2": 2, "v3": 3}, "v3"),
+        (document(shadows=["v2"]), {"v2": 2}, None),  # a person lets it watch
+        (rolled(), {"v2": 2, "v3": 3}, None),  # one at a time
+        (made(rolled(Move.TRY), Move.ROLL_BACK, "", NOW, "d"), {"v2": 2}, None),
+        (made(rolled(Move.TRY), Move.WITHDRAW, "", NOW), {"v2": 2, "v0": 1}, None),
+        (made(rolled(Move.TRY), Move.WITHDRAW, "", NOW), {"v2": 2, "v3": 3}, "v3"),
+        (rolled(Move.TRY, Move.PROMOTE), {"v1": 1, "v2": 2, "v3": 3}, "v3"),
+    ],
+)
+def test_the_version_that_was_pushed_last_begins_by_itself(
+    at: Document, pushed: dict[str, int], expected: str | None
+) -> None:
+    by_itself = replace(at, rollout=replace(PLAN, begin="pushed"))
+    assert next_version(by_itself, pushed) == expected
+    assert next_version(at, pushed) is None, "unless the plan says otherwise"
 
 
 @pytest.mark.parametrize(

@@ -611,3 +611,18 @@ def test_episodes_are_dealt_anew_in_each_step(valkey_url: str, policy: str) -> N
             assert evidence.ratio.meant == meant, route_by
 
     run(valkey_url, policy, scenario)
+
+
+def test_an_episode_that_was_assigned_before_the_rollout_is_no_unit_of_it(valkey_url: str, policy: str) -> None:
+    async def scenario(mine: World) -> None:
+        await mine.begin(replace(PLAN, min_units=10**6))
+        for pinned in (1, 0):
+            episode = {"pinned": pinned, "weight": 0.8, "assigned_version": "v1", "version": "v1"}
+            await mine.close(1, alike, **episode)
+        await mine.through()
+        await turn(mine, mine.controller("a"))
+        evidence = (await mine.view()).evidence
+        assert evidence is not None
+        assert (evidence.units.champion, evidence.ratio.champions, evidence.units.left_out) == (1, 1, {"before": 1})
+
+    run(valkey_url, policy, scenario)

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.policies.networks import bundle_files, logarithm
 from tests.service.admins import Admin, serving
 from tests.service.rolling_out import Traffic
 from tests.waiting import until
@@ -103,3 +104,82 @@ def test_a_worse_version_goes_straight_back_and_stays_there(admin: Admin, policy
     ordered(admin, policy, "release", version="v2", reason="retrained")
     assert ordered(admin, policy, "begin", version="v2")["standing"]["stage"] == "canary"
     ordered(admin, policy, "withdraw")
+
+
+def faulty(admin: Admin, policy: str) -> None:
+    """v3 answers NaN where the others are well."""
+    files = bundle_files(logarithm(), [[1.0, 1.0]], [[0.0, 0.0]], policy=policy, version="v3", exploration=None)
+    assert admin.push(files, policy).status_code == 201
+
+
+def odd(number: int, i: int) -> list[float]:
+    return [-1.0, 2.0]
+
+
+def test_a_shadow_that_trips_stops_before_the_canary(admin: Admin, policy: str) -> None:
+    faulty(admin, policy)
+    planned(admin, policy, shadow=True, gate="advisory", hold_s=1)
+    with Traffic(admin, policy, worth=lambda action: 0.5, states=odd):
+        ordered(admin, policy, "begin", version="v3")
+        until(lambda: view(admin, policy)["standing"]["paused"], "the pause")
+    now = view(admin, policy)
+    assert (now["standing"]["stage"], now["gate"]["outcome"]) == ("shadow", "fails")
+    assert "shadow tripped" in now["standing"]["paused"]
+    ordered(admin, policy, "withdraw")
+
+
+def test_a_version_that_breaks_is_rolled_back_by_its_breaker_without_statistics(admin: Admin, policy: str) -> None:
+    faulty(admin, policy)
+    planned(admin, policy, min_units=10_000)
+    with Traffic(admin, policy, worth=lambda action: 0.5, states=odd):
+        ordered(admin, policy, "begin", version="v3")
+        until(lambda: stage(admin, policy) == "quarantined", "the rollback")
+    assert view(admin, policy)["marks"]["v3"]["reason"] == "its breaker tripped"
+    log = admin.http.get("/admin/audit", params={"policy": policy}).json()["entries"]
+    assert ("system", "roll_back") in [(each["actor"], each["action"]) for each in log]
+
+
+def test_orders_by_hand_and_what_they_answer(admin: Admin, policy: str) -> None:
+    planned(admin, policy, mode="manual", steps=[0.2, 0.5])
+    for move, code in (("advance", 409), ("promote", 409), ("pause", 409), ("rollback", 409), ("weight", 409)):
+        assert order(admin, policy, move, weight=0.5).status_code == code, move
+    assert order(admin, policy, "begin").json()["errors"][0]["field"] == "version"
+    assert order(admin, policy, "begin", version="v9").status_code == 404
+    assert order(admin, policy, "begin", version="v1").json()["code"] == "move_refused"
+    assert order(admin, policy, "somewhere").status_code == 422
+    stale = admin.http.post(
+        f"/admin/policies/{policy}/rollout/begin", json={"version": "v2"}, headers={"If-Match": '"1"'}
+    )
+    assert (stale.status_code, stale.json()["code"]) == (412, "generation_moved")
+    begun = ordered(admin, policy, "begin", version="v2", reason="a try")
+    assert (begun["standing"]["reason"], begun["behind"]) == ("a try", [])
+    assert ordered(admin, policy, "pause", reason="lunch")["standing"]["paused"] == "lunch"
+    assert ordered(admin, policy, "resume")["standing"]["paused"] == ""
+    assert ordered(admin, policy, "weight", weight=0.3)["standing"]["floor"] == 0.2
+    assert ordered(admin, policy, "advance")["standing"]["weight"] == 0.5
+    assert order(admin, policy, "advance").json()["code"] == "move_refused"
+    changed = admin.deploy(policy, f'"{view(admin, policy)["generation"]}"', champion="v2", reward=REWARD)
+    assert (changed.status_code, changed.json()["code"]) == (409, "move_refused")
+    promoted = ordered(admin, policy, "promote")
+    assert (promoted["champion"], promoted["marks"]["v1"]["stage"]) == ("v2", "retired")
+    back = ordered(admin, policy, "rollback", reason="customers complain")
+    assert (back["champion"], back["marks"]["v2"]["reason"]) == ("v1", "customers complain")
+    assert admin.act(policy)["version"] == "v1"
+    missing = admin.http.put(f"/admin/policies/{policy}/rollout", json=PLAN)
+    assert missing.status_code == 428
+    wrong = admin.http.put(
+        f"/admin/policies/{policy}/rollout", json=PLAN | {"alpha": 2}, headers={"If-Match": f'"{back["generation"]}"'}
+    )
+    assert (wrong.status_code, wrong.json()["errors"][0]["field"]) == (422, "alpha")
+
+
+def test_what_is_pushed_is_rolled_out_by_itself_where_the_plan_says_so(admin: Admin, policy: str) -> None:
+    planned(admin, policy, begin="pushed", hold_s=1_000)
+    until(lambda: view(admin, policy)["standing"], "the rollout of v2")
+    begun = view(admin, policy)["standing"]
+    assert (begun["version"], begun["stage"], begun["reason"]) == ("v2", "canary", "pushed")
+    admin.pushed(policy, "v4", prefers=1)
+    ordered(admin, policy, "withdraw")
+    until(lambda: view(admin, policy)["standing"]["version"] == "v4", "the rollout of v4")
+    ordered(admin, policy, "rollback")
+    assert admin.act(policy)["version"] == "v1"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shadow.evidence import EARLY_MS, Kept, Trial
+from shadow.evidence import EARLY_MS, LATE_MS, Kept, Trial
 from shadow.rollout import Stage, Standing
 from shadow.rollout_plan import MEASURES, GuardPlan, RolloutPlan
 from shadow.units import LIMIT, Outcome, Plan
@@ -134,6 +134,13 @@ def test_values_below_the_range_and_a_full_book_are_warned_of() -> None:
     full = trial(Kept(**{**msgspec.structs.asdict(trial().kept), "left_out": {"full": 3}}))
     assert any("3 decisions were left out" in each for each in full.shown(20_000).warnings)
     assert LIMIT > 3
+
+
+def test_event_time_that_stands_still_is_warned_of() -> None:
+    made = trial()
+    made.settle(20_000)
+    assert not any("until" in each for at in (10_000, 20_000 + LATE_MS) for each in made.shown(at).warnings)
+    assert "until 61 s ago" in made.shown(20_000 + 61_000).warnings[-1]
 
 
 def test_a_weight_that_assigns_nobody_anew_is_refused() -> None:
