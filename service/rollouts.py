@@ -2,11 +2,6 @@
 
     stream -> outcomes -> the step's tests -> kept in Redis -> propose -> compare and set
 
-    sf:{policy}:rollout          hash: `turn` (grows), `of` (rollout and generation), `kept` (`shadow.evidence.Kept`),
-                                 `low` (from where on to read again), `view` (for people)
-    sf:{policy}:rollout:through  sorted set: units of the step that are through, by when they were last seen
-    group `surefoot.rollout`     of the transitions stream: keeps it from being trimmed past `low`
-
 Duty: for each policy whose rollout is under way, on the worker that holds the lease: read, count, keep, move. What a
 move does is `rolling.py`'s; whether one is due, `shadow/rollout.py`'s.
 Strategy: nothing is concluded from what has not been kept, and it is kept by compare-and-set on `turn`: of two leaders
@@ -20,13 +15,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Final
+from typing import Final
 from uuid import uuid4
 
-import msgspec
 import structlog
 from msgspec.structs import replace
 
@@ -39,78 +32,21 @@ from service.clock import Clock
 from service.ids import policy_digest
 from service.leader import Leader
 from service.outcomes import outcome
-from service.redis_streams import RedisStreams, base
 from service.rolling import begun, followed, next_version, salt_of
 from service.rollout_metrics import RolloutMetrics
+from service.rollout_store import PAGE, Page, RolloutStore, View, before
 from service.standing import Document, PolicyState
-from shadow.evidence import Kept, Shown, Trial
+from shadow.evidence import Trial
 from shadow.gate import Verdict as GateVerdict
 from shadow.rollout import Evidence, Proposal, Stage, Standing, propose
 from shadow.units import Plan
 
 TURN_S: Final = 1.0
-PAGE: Final = 512  # entries for each call of the script, which takes some 2 ms for them
-PAGES: Final = 40  # for each turn: 20,000 decisions
-GROUP: Final = "surefoot.rollout"
+PAGES: Final = 40  # of the stream, for each turn: 20,000 decisions
 SETTLE_MS: Final = 8_000  # the stream keeps what is younger than 10 s, whoever has read it
-MOST: Final = 10_000  # names for one command
-FIELDS: Final = 7  # of an entry, behind its id
-
-# ARGV: read after, most entries. Gives the event time through which every decision has closed, how many entries there
-# are, and these in one string: stream id and what `outcomes.py` reads, each part behind its length. As 4,000 strings
-# they would cost the event loop 11 ms. A decision that was due at the horizon has closed, unless it is still listed.
-READ: Final = b"""
-local through = tonumber(redis.call('GET', KEYS[1] .. ':horizon') or '0')
-local due = redis.call('ZRANGE', KEYS[1] .. ':due', 0, 0, 'WITHSCORES')
-if due[2] then through = math.min(through, tonumber(due[2]) - 1) end
-local entries, told = redis.call('XRANGE', KEYS[1] .. ':transitions', '(' .. ARGV[1], '+', 'COUNT', ARGV[2]), {}
-for _, entry in ipairs(entries) do
-  local f = {}
-  for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
-  for _, part in ipairs({entry[1], f.i, f.ep, f.t, f.r, f.j, f.x, f.d}) do
-    told[#told + 1] = struct.pack('<I4', #part)
-    told[#told + 1] = part
-  end
-end
-return {string.format('%.0f', through), #entries, table.concat(told)}
-"""
-# ARGV: expected turn, next turn, of, kept, low, view, group, anew, then (last seen, name) of units that are through.
-# Gives whether it was kept.
-KEEP: Final = b"""
-local key, stream = KEYS[1] .. ':rollout', KEYS[1] .. ':transitions'
-if (redis.call('HGET', key, 'turn') or '0') ~= ARGV[1] then return 0 end
-redis.call('HSET', key, 'turn', ARGV[2], 'of', ARGV[3], 'kept', ARGV[4], 'low', ARGV[5], 'view', ARGV[6])
-if ARGV[8] == '1' then redis.call('DEL', key .. ':through') end
-for i = 9, #ARGV, 2 do redis.call('ZADD', key .. ':through', ARGV[i], ARGV[i + 1]) end
-if ARGV[5] ~= '' and redis.pcall('XGROUP', 'SETID', stream, ARGV[7], ARGV[5]).err then
-  redis.pcall('XGROUP', 'CREATE', stream, ARGV[7], ARGV[5], 'MKSTREAM')
-end
-return 1
-"""
-# ARGV: group. What was kept for going on goes; what was shown stays.
-REST: Final = b"""
-redis.call('DEL', KEYS[1] .. ':rollout:through')
-redis.call('HDEL', KEYS[1] .. ':rollout', 'kept', 'low')
-redis.pcall('XGROUP', 'DESTROY', KEYS[1] .. ':transitions', ARGV[1])
-return 1
-"""
 
 log = structlog.get_logger(__name__)
-_encode, _decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Kept).decode
-_json = msgspec.json.Encoder().encode
 GateOf = Callable[[str, str], GateVerdict | None]
-
-
-class View(msgspec.Struct, frozen=True):
-    """What the leader says of a rollout, for every replica to show."""
-
-    of: str
-    next: str = ""
-    evidence: Shown | None = None
-    gate: GateVerdict | None = None
-
-
-_view = msgspec.json.Decoder(View).decode
 
 
 @dataclass(slots=True)
@@ -135,7 +71,7 @@ class Rollouts:
 
     def __init__(
         self,
-        streams: RedisStreams,
+        store: RolloutStore,
         leader: Leader,
         catalog: Catalog,
         changes: Changes,
@@ -143,7 +79,7 @@ class Rollouts:
         gate_of: GateOf,
         metrics: RolloutMetrics,
     ) -> None:
-        self._streams = streams
+        self._store = store
         self._leader = leader
         self._catalog = catalog
         self._changes = changes
@@ -202,8 +138,7 @@ class Rollouts:
 
     async def view(self, policy: str) -> View | None:
         """What the leader said last. Raises StoreAway."""
-        raw = await self._streams.command("HGET", f"{base(policy)}:rollout", "view")
-        return _view(raw) if raw else None
+        return await self._store.view(policy)
 
     async def _turn(self, state: PolicyState, document: Document, standing: Standing) -> None:
         of = f"{standing.id}:{standing.generation}"
@@ -230,40 +165,29 @@ class Rollouts:
 
     async def _open(self, policy: str, document: Document, standing: Standing, of: str) -> _Watch:
         """Begin to follow a step, or go on where somebody has left it."""
-        fields = await self._streams.command("HMGET", f"{base(policy)}:rollout", "turn", "of", "kept", "low")
-        turn, goes_on = int(fields[0] or 0), fields[1] == of.encode() and fields[2] is not None
+        stored = await self._store.stored(policy, of)
         if standing.stage is not Stage.CANARY:
-            return _Watch(of, turn, None, True)
+            return _Watch(of, stored.turn, None, True)
         now_ms = self._clock.event_ms()
         since_ms = standing.since_ms if now_ms - standing.since_ms < SETTLE_MS else now_ms
-        known: dict[str, int] = {}
-        if goes_on:
-            flat = await self._streams.command("ZRANGE", f"{base(policy)}:rollout:through", 0, -1, "WITHSCORES")
-            known = {name.decode(): int(float(seen)) for name, seen in _pairs(flat)}
-        kept = _decode(fields[2]) if goes_on else None
-        low = fields[3].decode() if goes_on else await self._beginning(now_ms - since_ms)
-        salt = salt_of(document, policy_digest(policy))
+        low = stored.low or await self._store.beginning(now_ms - since_ms + SETTLE_MS)
+        salt, units = salt_of(document, policy_digest(policy)), _units(document, standing)
         try:
-            trial = Trial(_dealt(document, standing), _units(document, standing), salt, kept, known, since_ms)
+            trial = Trial(_dealt(document, standing), units, salt, stored.kept, stored.through, since_ms)
         except ValueError as error:
             log.warning("rollout_measures_nothing", policy=policy, version=standing.version, reason=str(error))
-            return _Watch(of, turn, None, True)
-        return _Watch(of, turn, trial, not goes_on, low, low)
-
-    async def _beginning(self, age_ms: int) -> str:
-        """From where on to read a step of this age: entries bear the server's time."""
-        seconds, micros = await self._streams.command("TIME")
-        return f"{int(seconds) * 1000 + int(micros) // 1000 - age_ms - SETTLE_MS}-0"
+            return _Watch(of, stored.turn, None, True)
+        return _Watch(of, stored.turn, trial, stored.kept is None, low, low)
 
     async def _read(self, policy: str, document: Document, watch: _Watch, trial: Trial) -> None:
         """Read what has closed; settle what is ripe once all of it has been read."""
         route_by = document.deployment.route_by
         for _ in range(PAGES):
-            through, count, told = await self._streams.script(READ, base(policy), watch.cursor, PAGE)
-            if count:
-                await asyncio.to_thread(_add, watch, trial, told, route_by)
-            if count < PAGE:
-                await asyncio.to_thread(trial.settle, int(through))
+            page = await self._store.page(policy, watch.cursor)
+            if page.size:
+                await asyncio.to_thread(_add, watch, trial, page, route_by)
+            if page.size < PAGE:
+                await asyncio.to_thread(trial.settle, page.through_ms)
                 break
         while watch.began and next(iter(watch.began)) not in trial.book:
             del watch.began[next(iter(watch.began))]
@@ -275,21 +199,17 @@ class Rollouts:
         """Have what is known stand in Redis before anything follows from it. Raises _Taken."""
         trial = watch.trial
         shown = None if trial is None else trial.shown(self._clock.event_ms())
-        view = _json(View(watch.of, proposal.reason, shown, gate))
         self._metrics.tell(policy, standing, shown)
-        kept = b"" if trial is None else _encode(trial.kept)
-        through = [] if trial is None else list(trial.book.take_through().items())
-        for names in _slices(through):
-            flat = [part for name, seen in names for part in (seen, name)]
-            arguments = (watch.turn, watch.turn + 1, watch.of, kept, watch.low, view, GROUP, int(watch.anew), *flat)
-            try:
-                kept_it = await self._streams.script(KEEP, base(policy), *arguments)
-            except StoreAway:
-                self._watches.pop(policy, None)  # kept or not: Redis knows
-                raise
-            if not kept_it:
-                raise _Taken("another leader has counted meanwhile")
-            watch.turn, watch.anew = watch.turn + 1, False
+        kept, through = (None, {}) if trial is None else (trial.kept, trial.book.take_through())
+        view = View(watch.of, proposal.reason, shown, gate)
+        try:
+            turn = await self._store.keep(policy, watch.turn, view, kept, watch.low, through, anew=watch.anew)
+        except StoreAway:
+            self._watches.pop(policy, None)  # kept or not: Redis knows
+            raise
+        if turn is None:
+            raise _Taken("another leader has counted meanwhile")
+        watch.turn, watch.anew = turn, False
 
     async def _follow(self, policy: str, standing: Standing, proposal: Proposal, trial: Trial | None) -> None:
         """Make the move that follows, from the standing that was judged."""
@@ -315,28 +235,18 @@ class Rollouts:
         """Once a rollout has ended: let the stream be trimmed."""
         self._watches.pop(policy, None)
         if self._rested.get(policy) != of:
-            await self._streams.script(REST, base(policy), GROUP)
+            await self._store.rest(policy)
             self._rested[policy] = of
 
 
-def _add(watch: _Watch, trial: Trial, told: bytes, route_by: RouteBy | None) -> None:
+def _add(watch: _Watch, trial: Trial, page: Page, route_by: RouteBy | None) -> None:
     """Add entries of the stream, in its order."""
-    parts = _parts(told)
-    for raw in parts:
-        stream_id, closed = raw.decode(), outcome(list(islice(parts, FIELDS)), route_by)
+    for stream_id, fields in page.entries():
+        closed = outcome(fields, route_by)
         trial.add(closed)
         if closed.unit in trial.book:
             watch.began.setdefault(closed.unit, stream_id)
         watch.cursor = stream_id
-
-
-def _parts(told: bytes) -> Iterator[bytes]:
-    """Strings, each behind its length."""
-    at = 0
-    while at < len(told):
-        size = int.from_bytes(told[at : at + 4], "little")
-        yield told[at + 4 : at + 4 + size]
-        at += 4 + size
 
 
 def _evidence(standing: Standing, trial: Trial | None, gate: GateVerdict | None) -> Evidence:
@@ -364,23 +274,3 @@ def _units(document: Document, standing: Standing) -> Plan:
         default_reward=reward.default,
         worst_reward=-math.inf if low is None else low,
     )
-
-
-def before(stream_id: str) -> str:
-    """The last id there can be before this one."""
-    ms, seq = map(int, stream_id.split("-"))
-    return f"{ms}-{seq - 1}" if seq else f"{ms - 1}-{2**64 - 1}"
-
-
-def _pairs(flat: Any) -> Iterator[tuple[bytes, bytes]]:
-    """Names and scores, as RESP2 or RESP3 gives them."""
-    if flat and isinstance(flat[0], (list, tuple)):
-        yield from ((name, seen) for name, seen in flat)
-    else:
-        yield from zip(flat[::2], flat[1::2], strict=True)
-
-
-def _slices(items: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-    """Parts of what one command may carry; one that is empty where there is nothing."""
-    for at in range(0, max(1, len(items)), MOST):
-        yield items[at : at + MOST]

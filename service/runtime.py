@@ -51,6 +51,7 @@ from service.rehearsal import Rehearsal
 from service.rewards import Rewards
 from service.roll import Roll
 from service.rollout_changes import RolloutChanges
+from service.rollout_store import RolloutStore
 from service.rollouts import Rollouts
 from service.scalar import Scalar
 from service.serving import Serving
@@ -247,7 +248,7 @@ async def running(
             clock,
             admission,
             roll,
-            Rollouts(streams, leader, catalog, changes, clock, gate_of, metrics.rollouts),
+            Rollouts(RolloutStore(streams), leader, catalog, changes, clock, gate_of, metrics.rollouts),
             RolloutChanges(changes, clock),
             team,
         )

@@ -31,7 +31,8 @@ from service.leader import Leader
 from service.redis_streams import RedisStreams, base, connect
 from service.rolling import begun, paused, salt_of
 from service.rollout_metrics import RolloutMetrics
-from service.rollouts import GROUP, KEEP, READ, SETTLE_MS, Rollouts, View, before
+from service.rollout_store import GROUP, KEEP, READ, RolloutStore, View, before
+from service.rollouts import SETTLE_MS, Rollouts
 from service.standing import Known, PolicyState
 from shadow.gate import Verdict as GateVerdict
 from shadow.rollout import Move, Stage, Standing
@@ -113,7 +114,7 @@ class World:
         streams = streams or self.streams
         self.registries.append(CollectorRegistry())
         return Rollouts(
-            streams,
+            RolloutStore(streams),
             leader or Leader(streams, name),
             cast(Catalog, own),
             cast(Changes, own),
@@ -533,10 +534,28 @@ def test_a_weight_that_deals_nobody_anew_measures_nothing_and_holds_nothing_back
         assert document is not None
         lowered = replace(document, standing=replace(mine.standing, floor=0.3), generation=document.generation + 1)
         assert await mine.documents.control.change(policy, lowered, unwritten=0) is None
-        await turn(mine, mine.controller("a"))
+        for name in "ab":  # another one goes on with it
+            await turn(mine, mine.controller(name))
+            await mine.streams.command("DEL", f"{base(policy)}:leader")
         view = await mine.view()
         assert view.evidence is None
         assert mine.documents.moves == []
+
+    run(valkey_url, policy, scenario)
+
+
+def test_what_another_release_kept_and_cannot_be_read_begins_the_step_again(valkey_url: str, policy: str) -> None:
+    async def scenario(mine: World) -> None:
+        await mine.begin(replace(PLAN, min_units=10**6))
+        await turn(mine, mine.controller("a"))
+        await mine.streams.command("HSET", f"{base(policy)}:rollout", "kept", b"\xc1")
+        await mine.streams.command("DEL", f"{base(policy)}:leader")
+        await mine.close(7, alike)
+        await mine.through()
+        await turn(mine, mine.controller("b"))
+        evidence = (await mine.view()).evidence
+        assert evidence is not None
+        assert evidence.units.challenger + evidence.units.champion == 7
 
     run(valkey_url, policy, scenario)
 
