@@ -46,7 +46,8 @@ PAGES: Final = 40  # of the stream, for each turn: 20,000 decisions
 SETTLE_MS: Final = 8_000  # the stream keeps what is younger than 10 s, whoever has read it
 
 log = structlog.get_logger(__name__)
-GateOf = Callable[[str, str], GateVerdict | None]
+GateOf = Callable[[str, str], GateVerdict | None]  # what the gate says of a policy's shadow
+FaultOf = Callable[[str, str], str | None]  # why a policy's shadow is not asked any more
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class Rollouts:
         changes: Changes,
         clock: Clock,
         gate_of: GateOf,
+        fault_of: FaultOf,
         metrics: RolloutMetrics,
     ) -> None:
         self._store = store
@@ -85,6 +87,7 @@ class Rollouts:
         self._changes = changes
         self._clock = clock
         self._gate_of = gate_of
+        self._fault_of = fault_of
         self._metrics = metrics
         self._watches: dict[str, _Watch] = {}
         self._rested: dict[str, str] = {}
@@ -151,13 +154,15 @@ class Rollouts:
             said = await self.view(state.name)
             self._metrics.tell(state.name, standing, said.evidence if said is not None and said.of == of else None)
             return
-        gate = self._gate_of(state.name, standing.version) if standing.stage is Stage.SHADOW else None
+        watches = standing.stage is Stage.SHADOW
+        gate = self._gate_of(state.name, standing.version) if watches else None
+        fault = self._fault_of(state.name, standing.version) if watches else None
         watch = self._watches.get(state.name)
         if watch is None or watch.of != of:
             watch = self._watches[state.name] = await self._open(state.name, document, standing, of)
         if watch.trial is not None:
             await self._read(state.name, document, watch, watch.trial)
-        evidence = _evidence(standing, watch.trial, gate)
+        evidence = _evidence(watch.trial, gate)._replace(broken=fault or "")
         proposal = propose(standing, evidence, self._clock.event_ms())
         await self._keep(state.name, standing, watch, proposal, gate)
         if proposal.move is not None or proposal.pause:
@@ -249,10 +254,10 @@ def _add(watch: _Watch, trial: Trial, page: Page, route_by: RouteBy | None) -> N
         watch.cursor = stream_id
 
 
-def _evidence(standing: Standing, trial: Trial | None, gate: GateVerdict | None) -> Evidence:
+def _evidence(trial: Trial | None, gate: GateVerdict | None) -> Evidence:
     if trial is not None:
         return trial.evidence()
-    if standing.stage is Stage.SHADOW and gate is not None:
+    if gate is not None:
         return Evidence(None, 0, gate=gate.outcome, reason="; ".join(gate.reasons))
     return Evidence(None, 0)
 

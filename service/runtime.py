@@ -64,7 +64,6 @@ from service.store_watch import StoreWatch
 from service.team import Team
 from service.tracing import Tracing
 from service.trimming import Rules, Trimming
-from shadow.gate import Verdict
 
 log = structlog.get_logger(__name__)
 
@@ -219,11 +218,6 @@ async def running(
         changes = Changes(catalog, clock)
         leader = Leader(streams)
         estimating = Estimating(streams, leader, clock, metrics.estimates)
-
-        def gate_of(policy: str, label: str) -> Verdict | None:
-            fault = shadows.fault_of(policy, label)
-            return estimating.gate_of(policy, label) if fault is None else Verdict(outcome="fails", reasons=(fault,))
-
         runtime = Runtime(
             settings,
             metrics,
@@ -248,7 +242,16 @@ async def running(
             clock,
             admission,
             roll,
-            Rollouts(RolloutStore(streams), leader, catalog, changes, clock, gate_of, metrics.rollouts),
+            Rollouts(
+                RolloutStore(streams),
+                leader,
+                catalog,
+                changes,
+                clock,
+                estimating.gate_of,
+                shadows.fault_of,
+                metrics.rollouts,
+            ),
             RolloutChanges(changes, clock),
             team,
         )

@@ -42,6 +42,7 @@ class Move(StrEnum):
     RELEASE = "release"  # a person says that it is mended
 
 
+BACK = (Move.ROLL_BACK, Move.QUARANTINE)
 TABLE: dict[tuple[Stage, Move], Stage] = {
     (Stage.REGISTERED, Move.WATCH): Stage.SHADOW,
     (Stage.REGISTERED, Move.TRY): Stage.CANARY,  # a plan may do without a shadow
@@ -119,6 +120,7 @@ class Evidence(NamedTuple):
     mismatched: bool = False  # the sample ratio is not what routing meant: nothing else can be believed
     gate: Literal["passes", "fails", "no_evidence"] = "no_evidence"  # of the shadow
     reason: str = ""  # which guard, with its numbers
+    broken: str = ""  # why its network is not asked any more, where it is not
 
 
 class Proposal(NamedTuple):
@@ -132,8 +134,11 @@ class Proposal(NamedTuple):
 def propose(standing: Standing, evidence: Evidence, now_ms: int) -> Proposal:
     """Say what should happen next.
 
-    A rollback comes before everything, also before hold times, modes and pauses: it is never proposed, it is done.
+    What is broken goes, and a rollback comes before everything else, also before hold times, modes and pauses: they are
+    never proposed, they are done.
     """
+    if standing.under_way and evidence.broken:
+        return Proposal(Move.QUARANTINE, evidence.broken)
     if standing.stage is Stage.CANARY and evidence.verdict is Verdict.ROLLBACK:
         return Proposal(Move.ROLL_BACK, evidence.reason or "a guard found it worse")
     if standing.latched or not standing.under_way:
@@ -178,12 +183,12 @@ def _along(standing: Standing, evidence: Evidence, waited_s: float) -> Proposal:
 
 
 def moved(standing: Standing, proposal: Proposal, now_ms: int) -> Standing:
-    """Apply a proposal by the service itself: done, or in `mode: manual` kept for a person, a rollback excepted."""
+    """Apply a proposal by the service itself: done, or in `mode: manual` kept for a person, the way back excepted."""
     if proposal.pause:
         return msgspec.structs.replace(standing, paused=proposal.reason, reason=proposal.reason)
     if proposal.move is None:
         return standing
-    if standing.plan.mode == "manual" and proposal.move is not Move.ROLL_BACK:
+    if standing.plan.mode == "manual" and proposal.move not in BACK:
         return msgspec.structs.replace(standing, proposal=proposal.move, reason=proposal.reason)
     return applied(standing, proposal.move, proposal.reason, now_ms)
 

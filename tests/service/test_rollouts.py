@@ -94,6 +94,7 @@ class World:
         self.rng = np.random.default_rng(seed)
         self.numbers = count()
         self.gate: GateVerdict | None = None
+        self.fault: str | None = None
         self.documents = Documents(Control(streams), policy)
         self.registries: list[CollectorRegistry] = []
 
@@ -120,6 +121,7 @@ class World:
             cast(Changes, own),
             self.clock,
             self.gate_of,
+            lambda policy, label: self.fault,
             RolloutMetrics(self.registries[-1]),
         )
 
@@ -574,6 +576,20 @@ def test_the_gate_stands_before_the_canary(
         assert (mine.standing.stage, bool(mine.standing.paused)) == (stage, paused)
         view = await mine.view()
         assert view.gate == mine.gate
+
+    run(valkey_url, policy, scenario)
+
+
+@pytest.mark.parametrize("mode", ["auto", "manual"])
+def test_a_shadow_that_is_broken_goes_at_once(valkey_url: str, policy: str, mode: Any) -> None:
+    async def scenario(mine: World) -> None:
+        await mine.begin(replace(PLAN, shadow=True, mode=mode, hold_s=100.0))
+        mine.fault = "its shadow tripped"
+        await turn(mine, mine.controller("a"))
+        document = mine.documents.state.document
+        assert document is not None
+        assert (mine.standing.stage, document.deployment.shadows) == (Stage.QUARANTINED, [])
+        assert document.marks["v2"].reason == "its shadow tripped"
 
     run(valkey_url, policy, scenario)
 
