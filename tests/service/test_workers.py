@@ -294,6 +294,24 @@ def everywhere(server: Server, path: str, status: int, **headers: str) -> bool:
         return all(client.get(path, headers=AUTHORIZED | headers).status_code == status for client in clients)
 
 
+def test_a_change_is_answered_when_every_worker_has_it(crew: Server, policy: str) -> None:
+    start(crew)
+    with closing(Admin(crew)) as admin:
+        for number, label in enumerate(("v1", "v2")):
+            admin.pushed(policy, label, prefers=number)
+        until(lambda: everywhere(crew, f"/admin/policies/{policy}", 200, **AUTHORIZED), "the policy at both")
+        for number, label in enumerate(("v2", "v1") * 5):
+            tag = f'"{number + 1}"'
+            changed = admin.deploy(policy, tag, champion=label)
+            assert changed.json()["behind"] == []
+            told = set()
+            for _ in range(40):  # each on a connection of its own, at whichever worker takes it
+                body = {"policy": policy, "state": TWO_FEATURES}
+                answer = httpx.post(f"{crew.url}/v1/act", json=body).json()
+                told.add((answer["version"], answer["generation"], answer["action"]))
+            assert told == {(label, number + 2, int(label == "v2"))}
+
+
 def test_workers_do_not_overspend_a_budget_that_they_share(crew: Server, policy: str, stack: ExitStack) -> None:
     start(crew)
     admin = stack.enter_context(closing(Admin(crew)))
