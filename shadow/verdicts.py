@@ -64,8 +64,9 @@ def portion(place: int, planned: int) -> float:
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """One guard's numbers, challenger minus champion, positive is better; in the measure's unit.
 
-    worse: the upper bound is below -margin. proven: the lower bound is above it, and no unit of the challenger lost
-    more than its range can tell. superior: the same against 0.
+    estimate: cut to what can be; that of few units may lie beyond it. worse: the upper bound is below -margin. proven:
+    the lower bound is above it, and no unit of the challenger lost more than its range can tell. superior: the same
+    against 0.
     """
 
     estimate: float
@@ -91,9 +92,10 @@ def read(
 ) -> Reading:
     """Hold a guard's difference against its margin. `upper` is at the guard's share of α, `lower` at all of it."""
     lower, upper = difference.lower(advance_alpha), difference.upper(rollback_alpha)
+    span = difference.high - difference.low
     lost = difference.outside.lost_challenger
     return Reading(
-        estimate=difference.estimate,
+        estimate=min(max(difference.estimate, -span), span),
         lower=lower,
         upper=upper,
         margin=margin,

@@ -68,6 +68,14 @@ def test_few_units_hold_and_say_what_is_missing() -> None:
     assert found.reason.startswith("not shown to be no worse: return")
 
 
+def test_an_estimate_of_few_units_is_shown_within_what_can_be() -> None:
+    made = trial()
+    made.add(outcome(1, 0.0, error=True))
+    made.settle(10**9)
+    assert made.kept.guards["error"].estimate < -1.0, "unbiased, of one unit"
+    assert made.readings()["error"].estimate == -1.0
+
+
 def test_without_a_guard_to_prove_a_person_decides() -> None:
     plan = msgspec.structs.replace(PLAN, guards={"return": GuardPlan(must_prove=False)})
     made = trial(standing=msgspec.structs.replace(STANDING, plan=plan))
