@@ -69,8 +69,8 @@ def test_few_units_hold_and_say_what_is_missing() -> None:
 
 
 def test_an_estimate_of_few_units_is_shown_within_what_can_be() -> None:
-    made = trial()
-    made.add(outcome(1, 0.0, error=True))
+    made = trial(standing=msgspec.structs.replace(STANDING, weight=0.2))
+    made.add(outcome(1, 0.0, error=True, weight=0.2))
     made.settle(10**9)
     assert made.kept.guards["error"].estimate < -1.0, "unbiased, of one unit"
     assert made.readings()["error"].estimate == -1.0
