@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from policies.bundle import read_bundle
 from policies.engine import Engine
+from service.absence import Absence
 from service.callers import Callers
 from service.coalesce import Coalescer
 from service.hot import HotRoutes, Served
@@ -102,7 +103,7 @@ def desk(in_force: Plan) -> Iterator[Desk]:
         callers = Callers(None, "an-admin-token", clock, METRICS, rate=1.0, failures_per_minute=1.0)
         routes = HotRoutes(
             {"toy": served},
-            never,
+            Absence({}, lambda: True),
             never,
             never,
             METRICS,
