@@ -27,6 +27,7 @@ from shadow.rollout_plan import GuardPlan, RolloutPlan
 from tests.policies.networks import bundle_files, linear
 from tests.service.admins import Admin, serving
 from tests.service.test_shadows_http import watch
+from tests.waiting import until
 
 STATES = np.eye(4)
 MEANS = np.array([[0.1, 0.8, 0.4], [0.7, 0.2, 0.4], [0.3, 0.2, 0.8], [0.1, 0.9, 0.5]])
@@ -63,8 +64,15 @@ def push(admin: Admin, policy: str, label: str, actions: Any, promised: float = 
     return str(answer.json()["digest"])
 
 
+def caught_up(admin: Admin, policy: str) -> bool:
+    """Whether the shadows have scored what they were shown: their queues shed what comes too fast."""
+    here = admin.http.get(f"/admin/policies/{policy}/shadows").json()["here"]
+    return all(each["waiting"] == each["in_hand"] == 0 for each in here)
+
+
 def play(admin: Admin, policy: str, rng: np.random.Generator) -> None:
     for _ in range(BATCHES):
+        until(lambda: caught_up(admin, policy), "the shadows")
         states = rng.integers(0, 4, ROWS)
         body = {"policy": policy, "states": STATES[states].tolist()}
         answer = admin.http.post("/v1/act/batch", json=body)
