@@ -82,11 +82,15 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("a step assigns no unit anew; raise the weight further, or begin another rollout")
         return (top - floor) / (BUCKETS - floor)
 
+    def began_after(self, outcome: Outcome) -> bool:
+        """Whether a decision, or the episode that it belongs to, is older than the step."""
+        return outcome.at_ms < self.since_ms or outcome.generation < self.generations[0]
+
     def refusal(self, first: Outcome) -> str | None:
         """Why a unit that began with this decision takes no part; None: it does."""
-        oldest, newest = self.generations
+        newest = self.generations[1]
         share = {self.challenger: self.weight, self.champion: 1.0 - self.weight}.get(first.assigned)
-        if first.at_ms < self.since_ms or first.generation < oldest:
+        if self.began_after(first):
             return "before"
         if newest is not None and first.generation > newest:
             return "after"
@@ -169,6 +173,8 @@ class Book:
     def add(self, outcome: Outcome) -> None:
         """Add one closed decision. A repetition, or one after its unit or for a full book, changes nothing."""
         name = outcome.unit
+        if self._of_before(outcome):
+            return
         if name in self._through:
             self._through[name] = max(self._through[name], outcome.at_ms)
             return
@@ -220,6 +226,14 @@ class Book:
     def forget(self, before_ms: int) -> None:
         """Forget units that are through and were last seen before that: an episode whose pin has ended is a new one."""
         self._through = {name: seen for name, seen in self._through.items() if seen >= before_ms}
+
+    def _of_before(self, outcome: Outcome) -> bool:
+        """Whether it is what a key did before this step, which is no part of it: the step's weight deals the key anew.
+
+        An episode that began before keeps its version, and never takes part.
+        """
+        lasting = outcome.unit not in (outcome.episode, outcome.id)
+        return lasting and self.step.began_after(outcome)
 
     def _age(self, first: Outcome) -> int:
         """How old a unit must be: a decision by itself has nothing to wait for but its reward."""

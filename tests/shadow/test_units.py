@@ -45,6 +45,20 @@ def left_out(*outcomes: Outcome, step: Step = STEP) -> dict[str, int]:
     return dict(book.left_out)
 
 
+# What begins in a step
+
+
+def test_a_key_that_was_there_before_the_step_takes_part_with_its_first_decision_in_it() -> None:
+    """Keys that come all the time would take part in no step at all: each of them was there just before."""
+    before = [outcome(9_990, "k1", episode=""), outcome(10_050, "k1", episode="old", generation=4, reward=7.0)]
+    inside = [outcome(10_100, "k1", episode=""), outcome(10_200, "k1", episode="")]
+    plan = msgspec.structs.replace(PLAN, objective="step")
+    for rows in (before + inside, inside + before):
+        unit = only(*rows, plan=plan)
+        assert (unit.start_ms, unit.decisions, unit.value) == (10_100, 2, 1.0)
+    assert left_out(*before) == {}
+
+
 # Ripeness
 
 
