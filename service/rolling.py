@@ -119,12 +119,12 @@ def paused(document: Document, reason: str) -> Document:
     return replace(document, standing=replace(standing, paused=reason or "by hand", reason=reason or "by hand"))
 
 
-def resumed(document: Document, reason: str) -> Document:
-    """Let things move by themselves again. Raises MoveRefused."""
+def resumed(document: Document, reason: str, now_ms: int) -> Document:
+    """Let things move by themselves again, for as long as a step may take. Raises MoveRefused."""
     standing = standing_of(document)
     if not standing.paused:
         raise MoveRefused(f"{standing.version} is not paused")
-    return replace(document, standing=replace(standing, paused="", reason=reason or "resumed"))
+    return replace(document, standing=replace(standing, paused="", resumed_ms=now_ms, reason=reason or "resumed"))
 
 
 def quarantined(document: Document, version: str, digest: str, reason: str, now_ms: int) -> Document:

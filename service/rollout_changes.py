@@ -119,7 +119,7 @@ ORDERS: Final[Mapping[OrderName, Change]] = {
     "rollback": _roll_back,
     "withdraw": _move(Move.WITHDRAW),
     "pause": lambda state, document, order, now_ms: paused(document, order.reason),
-    "resume": lambda state, document, order, now_ms: resumed(document, order.reason),
+    "resume": lambda state, document, order, now_ms: resumed(document, order.reason, now_ms),
     "weight": _weigh,
     "quarantine": _quarantine,
     "release": lambda state, document, order, now_ms: released(document, _named(state, order), order.reason),

@@ -60,6 +60,7 @@ class _Watch:
     anew: bool  # nothing has been kept of the step
     cursor: str = ""  # of the last entry that was read
     low: str = ""  # Invariant: no entry at or before it belongs to an open unit; empty where nothing is read
+    blind: str = ""  # why there is no trial
     began: dict[str, str] = field(default_factory=dict)  # open units: the first entry of each, in the stream's order
 
 
@@ -162,7 +163,7 @@ class Rollouts:
             watch = self._watches[state.name] = await self._open(state.name, document, standing, of)
         if watch.trial is not None:
             await self._read(state.name, document, watch, watch.trial)
-        evidence = _evidence(watch.trial, gate)._replace(broken=fault or "")
+        evidence = _evidence(watch.trial, gate)._replace(broken=fault or "", blind=watch.blind)
         proposal = propose(standing, evidence, self._clock.event_ms())
         await self._keep(state.name, standing, watch, proposal, gate)
         if proposal.move is not None or proposal.pause:
@@ -181,7 +182,7 @@ class Rollouts:
             trial = Trial(_dealt(document, standing), units, salt, stored.kept, stored.through, since_ms)
         except ValueError as error:
             log.warning("rollout_measures_nothing", policy=policy, version=standing.version, reason=str(error))
-            return _Watch(of, stored.turn, None, True)
+            return _Watch(of, stored.turn, None, True, blind=str(error))
         return _Watch(of, stored.turn, trial, stored.kept is None, low, low)
 
     async def _read(self, policy: str, document: Document, watch: _Watch, trial: Trial) -> None:

@@ -99,6 +99,7 @@ class Standing(Struct, frozen=True):
     since_ms: int = 0  # of the stage or step
     generation: int = 0  # the first control state of the stage or step
     paused: str = ""  # why nothing moves by itself; empty: it does
+    resumed_ms: int = 0  # when a person let it go on last: max_duration_s counts anew from then
     proposal: Move | None = None  # what waits for a person
     reason: str = ""  # of the last move
 
@@ -106,6 +107,11 @@ class Standing(Struct, frozen=True):
     def latched(self) -> bool:
         """Whether only a person moves it forward."""
         return self.stage is Stage.QUARANTINED or bool(self.paused)
+
+    @property
+    def next_step(self) -> int | None:
+        """Which of the plan's steps comes next: the first above the weight; None: it is to be promoted."""
+        return next((at for at, share in enumerate(self.plan.steps) if share > self.weight), None)
 
     @property
     def under_way(self) -> bool:
@@ -121,6 +127,7 @@ class Evidence(NamedTuple):
     gate: Literal["passes", "fails", "no_evidence"] = "no_evidence"  # of the shadow
     reason: str = ""  # which guard, with its numbers
     broken: str = ""  # why its network is not asked any more, where it is not
+    blind: str = ""  # why nothing can be measured in this step, where nothing can
 
 
 class Proposal(NamedTuple):
@@ -148,12 +155,13 @@ def propose(standing: Standing, evidence: Evidence, now_ms: int) -> Proposal:
     if evidence.verdict is Verdict.PAUSE:
         return Proposal(None, evidence.reason or "a guard found it worse, and asks for a person", pause=True)
     waited_s = (now_ms - standing.since_ms) / 1000
+    overdue = (now_ms - max(standing.since_ms, standing.resumed_ms)) / 1000 >= standing.plan.max_duration_s
     if standing.stage is Stage.SHADOW:
-        return _out_of_shadow(standing.plan, evidence, waited_s)
-    return _along(standing, evidence, waited_s)
+        return _out_of_shadow(standing.plan, evidence, waited_s, overdue=overdue)
+    return _along(standing, evidence, waited_s, overdue=overdue)
 
 
-def _out_of_shadow(plan: RolloutPlan, evidence: Evidence, waited_s: float) -> Proposal:
+def _out_of_shadow(plan: RolloutPlan, evidence: Evidence, waited_s: float, *, overdue: bool) -> Proposal:
     if evidence.gate == "fails":
         return Proposal(None, evidence.reason or "the gate before the canary fails", pause=True)
     if waited_s < plan.hold_s:
@@ -162,19 +170,20 @@ def _out_of_shadow(plan: RolloutPlan, evidence: Evidence, waited_s: float) -> Pr
         return Proposal(Move.TRY, evidence.reason or "the gate before the canary passes")
     if plan.gate == "advisory":
         return Proposal(Move.TRY, "nothing speaks against it, and the plan asks for no more")
-    if waited_s >= plan.max_duration_s:
+    if overdue:
         return Proposal(None, "no evidence by max_duration_s", pause=True)
     return Proposal(None, evidence.reason or "no evidence yet")
 
 
-def _along(standing: Standing, evidence: Evidence, waited_s: float) -> Proposal:
+def _along(standing: Standing, evidence: Evidence, waited_s: float, *, overdue: bool) -> Proposal:
     plan = standing.plan
     ready = waited_s >= plan.hold_s and evidence.units >= plan.min_units
     if ready and evidence.verdict is Verdict.ADVANCE:
-        last = standing.step + 1 >= len(plan.steps)
-        return Proposal(Move.PROMOTE if last else Move.ADVANCE, evidence.reason)
-    if waited_s >= plan.max_duration_s:
+        return Proposal(Move.PROMOTE if standing.next_step is None else Move.ADVANCE, evidence.reason)
+    if overdue:
         return Proposal(None, "neither better nor worse by max_duration_s", pause=True)
+    if evidence.blind:
+        return Proposal(None, f"nothing is measured, by no guard: {evidence.blind}")
     if evidence.units < plan.min_units:
         return Proposal(None, f"{evidence.units} of {plan.min_units} units")
     if waited_s < plan.hold_s:
@@ -196,8 +205,8 @@ def moved(standing: Standing, proposal: Proposal, now_ms: int) -> Standing:
 def applied(standing: Standing, move: Move, reason: str, now_ms: int) -> Standing:
     """Make a move. Raises ValueError where the table has none, or there is no further step."""
     stage = step(standing.stage, move)
-    at = standing.step + 1 if move is Move.ADVANCE else 0
-    if move is Move.ADVANCE and at >= len(standing.plan.steps):
+    at = standing.next_step if move is Move.ADVANCE else 0
+    if at is None:
         raise ValueError("there is no step after the last: promote it")
     following = msgspec.structs.replace(
         standing, stage=stage, step=at, since_ms=now_ms, paused="", proposal=None, reason=reason

@@ -28,7 +28,7 @@ from service.rolling import (
     salt_of,
     weighed,
 )
-from shadow.rollout import Move, Proposal, Stage
+from shadow.rollout import Evidence, Move, Proposal, Stage, propose
 from shadow.rollout_plan import GuardPlan, RolloutPlan
 
 NOW = 1_000_000
@@ -117,6 +117,19 @@ def test_back_from_the_top_is_refused_where_nothing_is_to_come_back_to() -> None
     assert deployed.standing.stage is Stage.RETIRED
     with pytest.raises(MoveRefused, match="not champion"):
         made(replace(deployed, standing=at.standing), Move.QUARANTINE, "", NOW)
+
+
+def test_whoever_resumes_gives_a_step_its_longest_time_again() -> None:
+    at = paused(rolled(Move.TRY), "neither better nor worse")
+    later = NOW + int(PLAN.max_duration_s * 1000)
+    assert at.standing is not None
+    again = resumed(at, "let it go on", later).standing
+    assert again is not None
+    nothing = Evidence(None, 0)
+    assert propose(replace(at.standing, paused=""), nothing, later).pause, "without a person"
+    assert not propose(again, nothing, later + 1_000).pause
+    assert propose(again, nothing, later + int(PLAN.max_duration_s * 1000)).pause
+    assert (again.since_ms, again.generation) == (at.standing.since_ms, at.standing.generation), "the same step"
 
 
 def test_a_withdrawn_version_keeps_no_episode_and_no_blame() -> None:
@@ -244,7 +257,7 @@ def test_the_version_that_was_pushed_last_begins_by_itself(
         lambda: made(rolled(Move.TRY, Move.WITHDRAW), Move.QUARANTINE, "", NOW),
         lambda: weighed(rolled(), 0.2, "", NOW),
         lambda: paused(rolled(Move.TRY, Move.PROMOTE), ""),
-        lambda: resumed(rolled(), ""),
+        lambda: resumed(rolled(), "", NOW),
         lambda: released(document(), "v2", ""),
         lambda: quarantined(document(), "v1", "", "", NOW),
         lambda: quarantined(document(), "base", "", "", NOW),
@@ -297,7 +310,7 @@ def ordered(at: Document, name: str, what: Any, number: int) -> Document:
         "move": lambda: made(at, what, "", now, "d", lower=-1.0),
         "weight": lambda: weighed(at, what, "", now),
         "pause": lambda: paused(at, ""),
-        "resume": lambda: resumed(at, ""),
+        "resume": lambda: resumed(at, "", NOW),
         "quarantine": lambda: quarantined(at, what, "d", "", now),
         "release": lambda: released(at, what, ""),
         "deploy": lambda: redeployed(at, replace(at.deployment, champion=what, challengers=[], shadows=[]), now),

@@ -217,3 +217,25 @@ def test_without_proof_nothing_goes_forward(
 def test_a_plan_that_cannot_be_is_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=words):
         msgspec.convert(fields, RolloutPlan)
+
+
+@pytest.mark.parametrize(
+    ("weight", "following"), [(0.005, 0), (0.01, 1), (0.03, 1), (0.3, 4), (0.5, None), (0.9, None)]
+)
+def test_after_a_weight_by_hand_the_next_step_is_the_first_that_is_larger(weight: float, following: int | None) -> None:
+    standing = turned(canary(at=2), weight, "", NOW)
+    assert standing.next_step == following
+    if following is None:
+        assert propose(standing, ENOUGH, NOW + 100_000).move is Move.PROMOTE
+        with pytest.raises(ValueError, match="promote it"):
+            applied(standing, Move.ADVANCE, "", NOW)
+    else:
+        advanced = applied(standing, Move.ADVANCE, "", NOW)
+        assert (advanced.step, advanced.weight) == (following, PLAN.steps[following])
+
+
+def test_a_step_in_which_nothing_can_be_measured_says_so() -> None:
+    proposal = propose(canary(), Evidence(None, 0, blind="no unit is dealt anew"), NOW)
+    assert (proposal.move, proposal.pause) == (None, False)
+    assert "nothing is measured" in proposal.reason
+    assert "no unit is dealt anew" in proposal.reason
