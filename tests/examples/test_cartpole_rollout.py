@@ -76,4 +76,4 @@ def test_a_better_version_walks_to_the_top_and_a_worse_one_and_a_broken_one_back
     assert "return +" in rows["| v2"]
     assert "| quarantined |" in rows["| v3-worse"]
     assert "return -" in rows["| v3-worse"]
-    assert "its breaker tripped" in rows["| v3-nan"]
+    assert "tripped" in rows["| v3-nan"]  # its shadow, or its breaker in the canary: wherever the cart goes first
