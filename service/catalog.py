@@ -38,7 +38,7 @@ from service.opening import Opening
 from service.plan import Plan
 from service.rolling import after_trips
 from service.serving import plan_of
-from service.standing import Document, PolicyState, SafetySide, deciding, freshness, standby, watching
+from service.standing import Document, PolicyState, SafetySide, deciding, freshness, reserves, standby, watching
 
 POLL_S: Final = 0.5
 # What was asked for a moment ago is about to be deployed: it is not unloaded, however many versions there are.
@@ -122,7 +122,8 @@ class Catalog:
         """Unload what is too much, and load one version: a live one, a shadow, or one that stands by. Return whether
         one was loaded.
         """
-        wanted = [*watching(self.states.values()), *standby(self.states.values(), self._max_loaded)]
+        states = self.states.values()
+        wanted = [*reserves(states), *watching(states), *standby(states, self._max_loaded)]
         now_s = self._clock.monotonic_s()
         self._required = {each: at_s for each, at_s in self._required.items() if now_s - at_s < HOLD_S}
         for state in self.states.values():

@@ -249,6 +249,9 @@ class Changes:
         entry = state.known.versions.get(label)
         if label not in state.labels:
             raise UnknownVersion(f"there is no version {policy}/{label}", "version")
+        if label in state.reserve:
+            detail = f"{policy}/{label} decides again if the champion is rolled back: deploy another champion first"
+            raise VersionLive(detail, "version")
         if label in state.live:
             raise VersionLive(
                 f"{policy}/{label} is live: promote another version before you delete this one", "version"

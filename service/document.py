@@ -42,3 +42,12 @@ class Document(Struct, frozen=True):
     standing: Standing | None = None  # the rollout under way, or the last one
     marks: dict[str, Mark] = {}  # versions that were replaced or found bad
     margin_spent: float = 0.0  # what promotions may have cost of the return, since one was shown to be better
+
+    @property
+    def returns_to(self) -> str | None:
+        """The version that decides again when the champion is rolled back; None: there is no way back."""
+        standing = self.standing
+        if standing is None or standing.stage is not Stage.CHAMPION or self.deployment.champion != standing.version:
+            return None
+        mark = self.marks.get(standing.champion)
+        return None if mark is not None and mark.stage is Stage.QUARANTINED else standing.champion

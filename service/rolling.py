@@ -242,6 +242,7 @@ def _with(document: Document, standing: Standing, digest: str = "") -> Document:
     """Let the deployment follow the standing."""
     standing = replace(standing, generation=document.generation + 1)
     deployment, marks = _without(document.deployment, standing.version), dict(document.marks)
+    spent = document.margin_spent
     if standing.stage is Stage.SHADOW:
         if len(deployment.shadows) >= MOST_SHADOWS:
             raise MoveRefused(f"{MOST_SHADOWS} shadows watch already, no more may", "shadows")
@@ -257,7 +258,8 @@ def _with(document: Document, standing: Standing, digest: str = "") -> Document:
         if deployment.champion == standing.version:
             marks.pop(standing.champion, None)
             deployment = replace(deployment, champion=standing.champion)
-    return replace(document, standing=standing, deployment=deployment, marks=marks)
+            spent = max(0.0, standing.plan.margin(standing.returns) - standing.margin)  # as before it was charged
+    return replace(document, standing=standing, deployment=deployment, marks=marks, margin_spent=spent)
 
 
 def _without(deployment: Deployment, version: str) -> Deployment:

@@ -129,9 +129,16 @@ class PolicyState:
 
     @property
     def live(self) -> set[str]:
-        """Labels with a role, in what should be served or in what is."""
+        """Labels with a role, in what should be served or in what is; and what a champion is rolled back to."""
         documents = (self.document, self.served)
-        return {label for each in documents if each is not None for label in each.deployment.versions}
+        roles = {label for each in documents if each is not None for label in each.deployment.versions}
+        return roles | self.reserve
+
+    @property
+    def reserve(self) -> set[str]:
+        """What a champion is rolled back to."""
+        label = None if self.document is None else self.document.returns_to
+        return set() if label is None else {label}
 
     @property
     def shadows(self) -> list[str]:
@@ -180,6 +187,11 @@ def deciding(states: Iterable[PolicyState]) -> list[tuple[str, str]]:
 def watching(states: Iterable[PolicyState]) -> list[tuple[str, str]]:
     """Shadows of all policies, loaded or not."""
     return [(state.name, label) for state in states for label in state.shadows]
+
+
+def reserves(states: Iterable[PolicyState]) -> list[tuple[str, str]]:
+    """What the champions of all policies are rolled back to: kept loaded, so that nothing has to be waited for."""
+    return [(state.name, label) for state in states for label in state.reserve]
 
 
 def standby(states: Iterable[PolicyState], max_loaded: int) -> list[tuple[str, str]]:

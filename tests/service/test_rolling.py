@@ -75,6 +75,21 @@ def test_a_promotion_that_shows_it_better_settles_the_account_and_one_by_hand_le
     assert made(at, Move.PROMOTE, "by hand", NOW).margin_spent == 4.0
 
 
+@pytest.mark.parametrize("lower", [-3.0, 0.5, None])
+def test_a_champion_that_is_rolled_back_leaves_the_account_as_it_was_before_it(lower: float | None) -> None:
+    start = replace(document(), margin_spent=4.0)
+    at = made(rolled(Move.TRY, start=start), Move.PROMOTE, "", NOW, lower=lower)
+    assert made(at, Move.QUARANTINE, "", NOW, "digest").margin_spent == 4.0
+
+
+def test_a_champion_comes_with_the_version_that_it_is_rolled_back_to() -> None:
+    at = rolled(Move.TRY, Move.PROMOTE)
+    assert (document().returns_to, rolled(Move.TRY).returns_to, at.returns_to) == (None, None, "v1")
+    assert made(at, Move.QUARANTINE, "", NOW).returns_to is None
+    assert quarantined(at, "v1", "", "bad", NOW).returns_to is None
+    assert redeployed(at, replace(at.deployment, champion="v3"), NOW).returns_to is None
+
+
 def test_back_out_of_the_canary_latches_until_a_person_releases() -> None:
     at = made(rolled(Move.TRY), Move.ROLL_BACK, "worse", NOW, "digest")
     assert (stands(at), at.marks["v2"]) == (("v1", [], []), Mark(Stage.QUARANTINED, "worse", NOW, "digest"))

@@ -172,6 +172,17 @@ def test_orders_by_hand_and_what_they_answer(admin: Admin, policy: str) -> None:
     assert (wrong.status_code, wrong.json()["errors"][0]["field"]) == (422, "alpha")
 
 
+def test_what_a_champion_is_rolled_back_to_cannot_be_deleted(admin: Admin, policy: str) -> None:
+    planned(admin, policy)
+    for move in ("begin", "promote"):
+        ordered(admin, policy, move, **({"version": "v2"} if move == "begin" else {}))
+    refused = admin.delete(policy, "v1")
+    assert (refused.status_code, refused.json()["code"]) == (409, "version_live")
+    assert "rolled back" in refused.json()["detail"]
+    assert ordered(admin, policy, "rollback")["champion"] == "v1"
+    assert admin.act(policy)["version"] == "v1"
+
+
 def test_what_is_pushed_is_rolled_out_by_itself_where_the_plan_says_so(admin: Admin, policy: str) -> None:
     planned(admin, policy, begin="pushed", hold_s=1_000)
     until(lambda: view(admin, policy)["standing"], "the rollout of v2")
