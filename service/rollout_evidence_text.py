@@ -55,8 +55,10 @@ def _units(view: View, evidence: Evidence, now_ms: int, width: int) -> Iterator[
         wrong = ": MISMATCHED, nothing else can be believed" if ratio.mismatched else ""
         tone: Tone = "bad" if ratio.mismatched else "plain"
         yield from field("ratio", f"{took}, meant {percent(ratio.meant)}{wrong}", width, tone)
-    at, through = (span((now_ms - when) // 1000) for when in (evidence.at_ms, evidence.through_ms))
-    yield from field("evidence", f"{at} old; of all that happened until {through} ago", width, "dim")
+    through = "nothing yet"
+    if evidence.through_ms > 0:
+        through = f"all that happened until {span((now_ms - evidence.through_ms) // 1000)} ago"
+    yield from field("evidence", f"{span((now_ms - evidence.at_ms) // 1000)} old; of {through}", width, "dim")
     if evidence.verdict is not None:
         worse = evidence.verdict in ("rollback", "pause")
         yield from field("verdict", evidence.verdict, width, "bad" if worse else "plain")

@@ -50,6 +50,8 @@ def _plan(plan: Plan, width: int) -> Iterator[Line]:
     steps = " ".join(f"{100 * each:.4g}" for each in plan.steps)
     first = f"shadow, the gate {plan.gate}, then canary" if plan.shadow else "canary"
     yield from field("plan", f"{first} {steps} %; mode {plan.mode}, alpha {percent(plan.alpha)}", width)
+    if plan.begin == "pushed":
+        yield from field("begins", "by itself, with the version that was pushed last", width)
     least = f"{span(plan.hold_s)} and {count(plan.min_units, 'unit')}"
     yield from field("each step", f"at least {least}, at most {span(plan.max_duration_s)}", width)
     unit = f"{plan.objective}, of the first {span(plan.unit_time_s)}"

@@ -28,6 +28,7 @@ class Plan(Struct, frozen=True):
     shadow: bool = True
     gate: str = "required"
     mode: str = "auto"
+    begin: str = "by_hand"
     hold_s: float = 0.0
     min_units: int = 0
     max_duration_s: float = 0.0

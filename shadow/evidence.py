@@ -176,11 +176,10 @@ class Trial:
         for measure, reading in self.readings().items():
             if reading.lost:
                 found.append(f"{measure}: {reading.lost} units of {self.standing.version} lie below the declared range")
-        lag_ms = at_ms - kept.ripe_ms
-        if 0 < kept.ripe_ms < at_ms - LATE_MS:
-            found.append(
-                f"what closed is known until {lag_ms / 1000:.0f} s ago: a producer is silent, or the join is late"
-            )
+        known_ms = max(kept.ripe_ms, kept.since_ms)  # a Redis that was emptied tells no time at first
+        if known_ms < at_ms - LATE_MS:
+            lag_s = (at_ms - known_ms) / 1000
+            found.append(f"what closed is known until {lag_s:.0f} s ago: a producer is silent, or the join is late")
         if kept.left_out.get("full"):
             found.append(f"{kept.left_out['full']} decisions were left out: too many units are open")
         return found

@@ -24,14 +24,14 @@ def guard(lower: float, estimate: float, upper: float, margin: float, **more: An
 
 PLAN = {
     "objective": "episode", "return_range": [0.0, 500.0], "steps": [0.01, 0.05, 0.1, 0.25, 0.5], "shadow": True,
-    "gate": "required", "mode": "auto", "hold_s": 3600.0, "min_units": 30, "max_duration_s": 604_800.0,
-    "unit_time_s": 60.0, "unit_decisions": 100, "alpha": 0.01,
+    "gate": "required", "mode": "auto", "begin": "by_hand", "hold_s": 3600.0, "min_units": 30,
+    "max_duration_s": 604_800.0, "unit_time_s": 60.0, "unit_decisions": 100, "alpha": 0.01,
     "guards": {"return": {"margin": 25.0, "action": "rollback", "must_prove": True}},
 }  # fmt: skip
 STANDING = {
     "id": "r-1", "version": "v2", "champion": "v1", "stage": "canary", "plan": PLAN, "returns": [0.0, 500.0],
     "margin": 25.0, "step": 1, "weight": 0.05, "floor": 0.01, "place": 1, "since_ms": NOW_MS - 120_000,
-    "generation": 11, "paused": "", "proposal": None, "reason": "the gate before the canary passes",
+    "generation": 11, "paused": "", "resumed_ms": 0, "proposal": None, "reason": "the gate before the canary passes",
 }  # fmt: skip
 EVIDENCE = {
     "at_ms": NOW_MS - 3_000, "through_ms": NOW_MS - 25_000,

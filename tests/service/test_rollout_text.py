@@ -134,6 +134,12 @@ guard      void: as always
     )
 
 
+def test_a_plan_by_which_rollouts_begin_by_themselves_says_so() -> None:
+    shown = text_of(CANARY | {"standing": None, "plan": PLAN | {"begin": "pushed"}}, planned=True)
+    assert "\nbegins     by itself, with the version that was pushed last\n" in shown
+    assert "\nbegins" not in text_of(CANARY | {"standing": None, "plan": PLAN}, planned=True)
+
+
 def test_a_reason_is_told_once() -> None:
     assert "last move" not in text_of(canary(reason=CANARY["marks"]["v3"]["reason"]))
     assert "last move" not in text_of(canary(reason="a holiday", paused="a holiday"))
@@ -141,6 +147,13 @@ def test_a_reason_is_told_once() -> None:
 
 def test_a_canary_of_which_nothing_is_known() -> None:
     assert "\n\nevidence   none yet\n\n" in text_of(CANARY | {"evidence": None, "standing": CANARY["standing"]})
+
+
+def test_a_step_of_which_no_time_is_known_is_of_nothing_yet() -> None:
+    """So it is for a while after Redis was emptied."""
+    for through_ms in (-1, 0):
+        shown = text_of(CANARY | {"evidence": EVIDENCE | {"through_ms": through_ms}})
+        assert "\nevidence   3 s old; of nothing yet\n" in shown
 
 
 def test_what_a_shadow_waits_for() -> None:

@@ -149,6 +149,9 @@ def test_event_time_that_stands_still_is_warned_of() -> None:
     made.settle(20_000)
     assert not any("until" in each for at in (10_000, 20_000 + LATE_MS) for each in made.shown(at).warnings)
     assert "until 61 s ago" in made.shown(20_000 + 61_000).warnings[-1]
+    emptied = trial()  # of a Redis that tells no event time yet
+    emptied.settle(0)
+    assert "until 70 s ago" in emptied.shown(emptied.kept.since_ms + 70_000).warnings[-1]
 
 
 def test_a_weight_that_assigns_nobody_anew_is_refused() -> None:
