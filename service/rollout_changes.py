@@ -59,6 +59,8 @@ class RolloutChanges:
     async def order(self, policy: str, name: OrderName, order: Order, expected: int | None, by: str) -> PolicyState:
         """Carry out an order. Raises MoveRefused, InvalidField, UnknownVersion, and as `Changes.amend`."""
 
+        noted().told(f"{name} {order.version or ''}".rstrip(), "")  # also of an order that is refused
+
         def change(state: PolicyState, document: Document) -> Document:
             wanted = ORDERS[name](state, document, order, self._clock.event_ms())
             noted().told(_told(name, wanted, order), "")

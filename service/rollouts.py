@@ -38,7 +38,7 @@ from service.rollout_store import PAGE, Page, RolloutStore, View, before
 from service.standing import Document, PolicyState
 from shadow.evidence import Trial
 from shadow.gate import Verdict as GateVerdict
-from shadow.rollout import Evidence, Proposal, Stage, Standing, propose
+from shadow.rollout import BACK, Evidence, Proposal, Stage, Standing, propose
 from shadow.units import Plan
 
 TURN_S: Final = 1.0
@@ -220,7 +220,7 @@ class Rollouts:
     async def _follow(self, policy: str, standing: Standing, proposal: Proposal, trial: Trial | None) -> None:
         """Make the move that follows, from the standing that was judged."""
         lower = None if trial is None else trial.readings()["return"].lower
-        name = "pause" if proposal.pause or proposal.move is None else proposal.move.value
+        name = _named(standing, proposal)
         unchanged = MoveRefused("nothing changes")
 
         def change(state: PolicyState, document: Document) -> Document:
@@ -243,6 +243,14 @@ class Rollouts:
         if self._rested.get(policy) != of:
             await self._store.rest(policy)
             self._rested[policy] = of
+
+
+def _named(standing: Standing, proposal: Proposal) -> str:
+    """What the audit log calls what is done: what waits for a person has not been done."""
+    if proposal.pause or proposal.move is None:
+        return "pause"
+    waits = standing.plan.mode == "manual" and proposal.move not in BACK
+    return f"propose_{proposal.move.value}" if waits else proposal.move.value
 
 
 def _add(watch: _Watch, trial: Trial, page: Page, route_by: RouteBy | None) -> None:

@@ -477,6 +477,10 @@ def test_by_hand_a_proposal_waits_and_is_written_once(valkey_url: str, policy: s
             await turn(mine, controller)
         assert (mine.standing.weight, mine.standing.proposal) == (0.2, Move.ADVANCE)
         assert len(mine.documents.moves) == 1
+        for name, times in (("propose_advance", 1.0), ("advance", None)):
+            labels = {"policy": policy, "version": "v2", "move": name}
+            told = mine.registries[0].get_sample_value("surefoot_rollout_moves_total", labels)
+            assert told == times, "nothing has advanced"
 
     run(valkey_url, policy, scenario)
 

@@ -172,6 +172,14 @@ def test_orders_by_hand_and_what_they_answer(admin: Admin, policy: str) -> None:
     assert (wrong.status_code, wrong.json()["errors"][0]["field"]) == (422, "alpha")
 
 
+def test_the_audit_log_names_an_order_that_was_refused(admin: Admin, policy: str) -> None:
+    for move, body in (("rollback", {}), ("quarantine", {"version": "v1"})):
+        assert order(admin, policy, move, **body).status_code == 409
+    page = admin.http.get("/admin/audit", params={"policy": policy, "limit": 100}).json()
+    told = [(each["subject"], each["outcome"]) for each in page["entries"] if each["action"] == "rollout"]
+    assert told == [("rollback", "move_refused"), ("quarantine v1", "move_refused")]
+
+
 def test_what_a_champion_is_rolled_back_to_cannot_be_deleted(admin: Admin, policy: str) -> None:
     planned(admin, policy)
     for move in ("begin", "promote"):
