@@ -45,14 +45,15 @@ for _, entry in ipairs(entries) do
 end
 return {string.format('%.0f', through), #entries, table.concat(told)}
 """
-# ARGV: expected turn, next turn, of, kept, low, view, group, anew, then (last seen, name) of units that are through.
-# Gives whether it was kept.
+# ARGV: expected turn, next turn, of, kept, low, view, group, anew, before which last seen to forget, then (last seen,
+# name) of units that are through. Gives whether it was kept.
 KEEP: Final = b"""
 local key, stream = KEYS[1] .. ':rollout', KEYS[1] .. ':transitions'
 if (redis.call('HGET', key, 'turn') or '0') ~= ARGV[1] then return 0 end
 redis.call('HSET', key, 'turn', ARGV[2], 'of', ARGV[3], 'kept', ARGV[4], 'low', ARGV[5], 'view', ARGV[6])
 if ARGV[8] == '1' then redis.call('DEL', key .. ':through') end
-for i = 9, #ARGV, 2 do redis.call('ZADD', key .. ':through', ARGV[i], ARGV[i + 1]) end
+redis.call('ZREMRANGEBYSCORE', key .. ':through', '-inf', '(' .. ARGV[9])
+for i = 10, #ARGV, 2 do redis.call('ZADD', key .. ':through', ARGV[i], ARGV[i + 1]) end
 if ARGV[5] ~= '' and redis.pcall('XGROUP', 'SETID', stream, ARGV[7], ARGV[5]).err then
   redis.pcall('XGROUP', 'CREATE', stream, ARGV[7], ARGV[5], 'MKSTREAM')
 end
@@ -135,16 +136,25 @@ class RolloutStore:
         return Page(int(through_ms), count, told)
 
     async def keep(
-        self, policy: str, turn: int, view: View, kept: Kept | None, low: str, through: Mapping[str, int], *, anew: bool
+        self,
+        policy: str,
+        turn: int,
+        view: View,
+        kept: Kept | None,
+        low: str,
+        through: Mapping[str, int],
+        *,
+        anew: bool,
+        forget_ms: int = 0,
     ) -> int | None:
         """Keep what is known, if nobody has kept anything since `turn`. Gives the turn that stands then, or None.
 
-        anew: nothing was kept of the step before.
+        anew: nothing was kept of the step before. forget_ms: units that are through and were last seen before that go.
         """
         raw, shown = b"" if kept is None else _encode(kept), _json(view)
         for names in _slices(list(through.items())):
             flat = [part for name, seen in names for part in (seen, name)]
-            arguments = (turn, turn + 1, view.of, raw, low, shown, GROUP, int(anew), *flat)
+            arguments = (turn, turn + 1, view.of, raw, low, shown, GROUP, int(anew), forget_ms, *flat)
             if not await self._streams.script(KEEP, base(policy), *arguments):
                 return None
             turn, anew = turn + 1, False

@@ -43,6 +43,8 @@ from shadow.units import Plan
 
 TURN_S: Final = 1.0
 PAGES: Final = 40  # of the stream, for each turn: 20,000 decisions
+EPISODE_MS: Final = 3_600_000  # without a step for so long, an episode is known no more: else a day's fill the book
+FORGET_MS: Final = 60_000  # how often they are looked for
 SETTLE_MS: Final = 8_000  # the stream keeps what is younger than 10 s, whoever has read it
 
 log = structlog.get_logger(__name__)
@@ -61,6 +63,7 @@ class _Watch:
     cursor: str = ""  # of the last entry that was read
     low: str = ""  # Invariant: no entry at or before it belongs to an open unit; empty where nothing is read
     blind: str = ""  # why there is no trial
+    forget_ms: int = 0  # episodes that are through and were last seen before that are forgotten
     began: dict[str, str] = field(default_factory=dict)  # open units: the first entry of each, in the stream's order
 
 
@@ -194,6 +197,10 @@ class Rollouts:
                 await asyncio.to_thread(_add, watch, trial, page, route_by)
             if page.size < PAGE:
                 await asyncio.to_thread(trial.settle, page.through_ms)
+                oldest_ms = page.through_ms - EPISODE_MS
+                if route_by == "episode" and oldest_ms >= watch.forget_ms + FORGET_MS:  # a key stays the same for ever
+                    watch.forget_ms = oldest_ms
+                    await asyncio.to_thread(trial.book.forget, oldest_ms)
                 break
         while watch.began and next(iter(watch.began)) not in trial.book:
             del watch.began[next(iter(watch.began))]
@@ -209,7 +216,9 @@ class Rollouts:
         kept, through = (None, {}) if trial is None else (trial.kept, trial.book.take_through())
         view = View(watch.of, proposal.reason, shown, gate)
         try:
-            turn = await self._store.keep(policy, watch.turn, view, kept, watch.low, through, anew=watch.anew)
+            turn = await self._store.keep(
+                policy, watch.turn, view, kept, watch.low, through, anew=watch.anew, forget_ms=watch.forget_ms
+            )
         except StoreAway:
             self._watches.pop(policy, None)  # kept or not: Redis knows
             raise

@@ -181,7 +181,7 @@ class Trial:
             lag_s = (at_ms - known_ms) / 1000
             found.append(f"what closed is known until {lag_s:.0f} s ago: a producer is silent, or the join is late")
         if kept.left_out.get("full"):
-            found.append(f"{kept.left_out['full']} decisions were left out: too many units are open")
+            found.append(f"{kept.left_out['full']} decisions were left out: too many units are known")
         return found
 
 

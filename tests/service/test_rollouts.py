@@ -32,7 +32,7 @@ from service.redis_streams import RedisStreams, base, connect
 from service.rolling import begun, paused, salt_of
 from service.rollout_metrics import RolloutMetrics
 from service.rollout_store import GROUP, KEEP, READ, RolloutStore, View, before
-from service.rollouts import SETTLE_MS, Rollouts
+from service.rollouts import EPISODE_MS, FORGET_MS, SETTLE_MS, Rollouts
 from service.standing import Known, PolicyState
 from shadow.gate import Verdict as GateVerdict
 from shadow.rollout import Move, Stage, Standing
@@ -132,7 +132,7 @@ class World:
         assert document.standing is not None
         return document.standing
 
-    async def close(self, decisions: int, worth: Callable[[bool], float], **changes: Any) -> None:
+    async def close(self, decisions: int, worth: Callable[[bool], float], episode: str = "", **changes: Any) -> None:
         """Let decisions happen, and close with what they are worth by whether the challenger was assigned."""
         await self.documents.poll()
         document = self.documents.state.document
@@ -143,14 +143,14 @@ class World:
         for _ in range(decisions):
             self.clock.advance(2)
             name = f"d{next(self.numbers):08}"
-            assigned = assign(routes, changes.get("key") or name)
+            assigned = assign(routes, changes.get("key") or episode or name)
             label, challenger = assigned.version, assigned.role == "challenger"
             record = replace(
                 RECORD, assigned_version=label, version=label, weight=assigned.weight, generation=document.generation
             )
             record = replace(record, **changes)
             commands.append(
-                ("i", name, "ep", "", "t", str(self.clock.event_ms()),
+                ("i", name, "ep", episode, "t", str(self.clock.event_ms()),
                  "r", repr(worth(challenger)), "j", "joined", "x", "single", "d", encode_record(record))
             )  # fmt: skip
         for each in commands:
@@ -656,12 +656,40 @@ def test_an_episode_that_was_assigned_before_the_rollout_is_no_unit_of_it(valkey
     async def scenario(mine: World) -> None:
         await mine.begin(replace(PLAN, min_units=10**6))
         for pinned in (1, 0):
-            episode = {"pinned": pinned, "weight": 0.8, "assigned_version": "v1", "version": "v1"}
+            episode: dict[str, Any] = {"pinned": pinned, "weight": 0.8, "assigned_version": "v1", "version": "v1"}
             await mine.close(1, alike, **episode)
         await mine.through()
         await turn(mine, mine.controller("a"))
         evidence = (await mine.view()).evidence
         assert evidence is not None
         assert (evidence.units.champion, evidence.ratio.champions, evidence.units.left_out) == (1, 1, {"before": 1})
+
+    run(valkey_url, policy, scenario)
+
+
+@pytest.mark.parametrize(("route_by", "left"), [("episode", 3), ("key", 8)])
+def test_episodes_that_are_long_through_are_forgotten_and_keys_never(
+    valkey_url: str, policy: str, route_by: Any, left: int
+) -> None:
+    """A step of days would else be full of names, and count nothing more."""
+
+    async def scenario(mine: World) -> None:
+        await mine.begin(replace(PLAN, min_units=10**6, max_duration_s=10**6))
+        document = mine.documents.state.document
+        assert document is not None
+        deployment = replace(document.deployment, route_by=route_by)
+        await mine.documents.begin(replace(document, deployment=deployment, generation=document.generation + 1))
+        controller = mine.controller("a")
+        for part, units in enumerate((5, 3)):
+            for number in range(units):
+                await mine.close(1, alike, **{route_by: f"u{part}{number}"})
+            mine.clock.advance(int(PLAN.unit_time_s * 1000))
+            await mine.through()
+            await turn(mine, controller)
+            mine.clock.advance(EPISODE_MS + FORGET_MS if not part else 0)
+        assert await mine.streams.command("ZCARD", f"{base(policy)}:rollout:through") == left
+        evidence = (await mine.view()).evidence
+        assert evidence is not None
+        assert evidence.units.champion + evidence.units.challenger == 8
 
     run(valkey_url, policy, scenario)
