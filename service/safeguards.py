@@ -15,6 +15,7 @@ from policies.errors import ConfigError, InvalidField, SafetyError, SurefootErro
 from policies.store import EXPLORATION, ROLLOUT, SAFETY, StoredPolicy
 from safety.document import RuleSet, bind, read_rules
 from safety.exploration import Exploration, parse_exploration
+from service.rolling import returns_of
 from service.rollout_plan_file import read_plan
 from service.ruling import Ruling
 from service.standing import Document
@@ -47,10 +48,16 @@ def document_of(seed: StoredPolicy) -> Document:
 
 def _rollout(seed: StoredPolicy) -> RolloutPlan | None:
     raw, where = seed.documents.get(ROLLOUT), f"{seed.name}/{ROLLOUT}"
+    if raw is None:
+        return None
     try:
-        return None if raw is None else read_plan(raw, where)
+        plan = read_plan(raw, where)
+        returns_of(plan, seed.deployment)
     except SafetyError as error:
         raise ConfigError(error.detail, error.field) from None
+    except InvalidField as error:
+        raise ConfigError(f"{where}: {error.detail}", error.field) from None
+    return plan
 
 
 def _safety(seed: StoredPolicy) -> str:

@@ -51,6 +51,7 @@ def test_documents_of_a_directory_are_in_force_from_the_start(tmp_path: Path) ->
         ({"exploration": "epsilon: 2.0\n"}, "toy/exploration.yaml"),
         ({"exploration": "{: - [\n"}, "not YAML"),
         ({"rollout": "steps: [0.5, 0.1]\n"}, "toy/rollout.yaml"),
+        ({"rollout": "objective: episode\n"}, "toy/rollout.yaml: say between which values"),
     ],
 )
 def test_what_is_wrong_in_them_stops_the_start(tmp_path: Path, documents: dict[str, str], named: str) -> None:
