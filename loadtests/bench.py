@@ -1,0 +1,205 @@
+"""`python -m loadtests.bench`: what Surefoot costs, held against the least a server can cost and against FastAPI.
+
+    python -m loadtests.bench                          # everything, about twenty minutes
+    python -m loadtests.bench --quick                  # everything that targets ask for, about two
+    python -m loadtests.bench --only base --json out   # some rows, and all figures as JSON
+
+Duty: start each server itself, on loopback, pinned to one core, drive it from another, print tables and targets. What
+is measured stands in `cases.py`, what rows mean in docs/performance.md. It speaks HTTP, and imports nothing of the
+service.
+Promise: every server that was started is stopped, also after Ctrl-C and SIGTERM. The exit code is 0 when everything was
+measured and no target was missed (a quick run only shows its targets), 1 when one was, 2 when something could not be
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from loadtests import measuring, report, wrk
+from loadtests.cases import Entry, Group, Spec, chosen
+from loadtests.measuring import Settings
+from loadtests.processes import Cores
+from loadtests.results import Row, Sample
+from loadtests.servers import Running, running
+from loadtests.targets import verdicts
+
+COLLECTOR = Spec("collector", "empty")  # answers to traces, on the driver's core
+# File descriptors: a thousand connections, and what Python holds.
+DESCRIPTORS = 4096
+FULL = {"repetitions": 5, "seconds": 3.0, "warm_s": 1.0}
+QUICK = {"repetitions": 1, "seconds": 1.0, "warm_s": 0.3}
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class Bench:
+    """Runs groups, one after the other, and collects rows."""
+
+    def __init__(self, options: argparse.Namespace, cores: Cores, folder: Path) -> None:
+        self._options = options
+        self._cores = cores
+        self._folder = folder
+        self._settings = Settings(options.seconds, options.warm_s, options.rate)
+        self.rows: dict[str, Row] = {}
+        self.failures: list[str] = []
+
+    def run(self, groups: Sequence[Group]) -> None:
+        """A group that cannot be measured is told, and the others go on."""
+        for number, group in enumerate(groups):
+            folder = self._folder / str(number)
+            folder.mkdir()
+            try:
+                if group.entries[0].load.kind == "start":
+                    self._start(group, folder)
+                else:
+                    self._compare(group, folder)
+            except (RuntimeError, OSError) as error:
+                self.failures.append(f"{group.name}: {error}")
+                say(f"{group.name} could not be measured: {error}")
+
+    def _compare(self, group: Group, folder: Path) -> None:
+        """All servers of the group at once, the rows in turns, every second turn backwards."""
+        with ExitStack() as stack:
+            servers: dict[Spec, Running] = {}
+            collector = stack.enter_context(self._collector(folder)) if _traced(group) else None
+            for spec in dict.fromkeys(entry.spec for entry in group.entries):
+                place = folder / f"server-{len(servers)}"
+                port = collector.port if collector else None
+                servers[spec] = stack.enter_context(running(spec, place, self._cores, port))
+            for turn in range(self._options.repetitions):
+                for entry in group.entries if turn % 2 == 0 else reversed(group.entries):
+                    self._note(entry, measuring.measure(servers[entry.spec], entry, self._settings, folder), turn)
+
+    def _start(self, group: Group, folder: Path) -> None:
+        """A new server in a new folder each time."""
+        for turn in range(self._options.repetitions):
+            for entry in group.entries:
+                with running(entry.spec, folder / f"{entry.label}-{turn}", self._cores) as server:
+                    self._note(entry, measuring.start_figures(server), turn)
+
+    def _collector(self, folder: Path) -> Any:
+        aside = Cores(self._cores.driver, self._cores.driver, self._cores.driver)
+        return running(COLLECTOR, folder / "collector", aside)
+
+    def _note(self, entry: Entry, sample: Sample, turn: int) -> None:
+        row = self.rows.setdefault(entry.name, Row(entry.name, command(entry, self._options)))
+        row.samples.append(sample)
+        shown = f"{sample['per_s']:>10,.0f}/s" if "per_s" in sample else f"{sample['ready_s']:>10.2f} s"
+        say(f"  {turn + 1}/{self._options.repetitions}  {entry.name:<32} {shown}")
+
+
+def _traced(group: Group) -> bool:
+    return any(entry.spec.tracing for entry in group.entries)
+
+
+def command(entry: Entry, options: argparse.Namespace) -> str:
+    """The command that measures one row again, with what its ratios need beside it."""
+    group, _, load = entry.name.split("/")
+    given = [f"--repetitions {options.repetitions}", f"--seconds {options.seconds:g}", f"--rate {options.rate:g}"]
+    return " ".join(["python -m loadtests.bench", f"--only '{group}/*/{load}'", *given])
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m loadtests.bench", description=(__doc__ or "").partition("\n")[0])
+    made.add_argument("--quick", action="store_true", help="one short repetition: is everything in order?")
+    made.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="a group, a row, or a pattern of rows"
+    )
+    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    made.add_argument("--list", action="store_true", help="print the names of the rows, and measure nothing")
+    made.add_argument("--repetitions", type=int, help=f"default {FULL['repetitions']}, quick {QUICK['repetitions']}")
+    made.add_argument("--seconds", type=float, help=f"of each; default {FULL['seconds']:g}; wrk knows whole ones")
+    made.add_argument("--warm-s", type=float, help=f"before each; default {FULL['warm_s']:g}")
+    made.add_argument("--rate", type=float, default=500.0, help="requests a second of open loops; default 500")
+    made.add_argument("--store", choices=("driver", "server"), default="driver", help="whose core the Valkey shares")
+    made.add_argument("--folder", type=Path, help="where servers write; node is about this disk")
+    return made
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    options = parser().parse_args(arguments)
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.repetitions = int(options.repetitions)
+    return options
+
+
+def machine(cores: Cores, options: argparse.Namespace) -> dict[str, Any]:
+    """What a figure must never be read without."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "pinned": {"server": cores.server, "driver": cores.driver, "store": cores.store},
+        "system": platform.release(),
+        "python": platform.python_version(),
+        "load_before": os.getloadavg(),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "options": {name: getattr(options, name) for name in ("quick", "repetitions", "seconds", "warm_s", "rate")},
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run. Gives the exit code."""
+    options = read_options(arguments)
+    try:
+        groups = chosen(options.only, quick=options.quick)
+        if options.list:
+            say("\n".join(entry.name for group in groups for entry in group.entries))
+            return 0
+        if any(entry.load.kind in ("closed", "overload") for group in groups for entry in group.entries):
+            wrk.find()
+    except (ValueError, wrk.WrkMissingError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return _run(options, groups)
+
+
+def _run(options: argparse.Namespace, groups: Sequence[Group]) -> int:
+    allowed = os.sched_getaffinity(0)
+    cores = Cores.among(allowed, options.store)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
+    about = machine(cores, options)
+    os.sched_setaffinity(0, {cores.driver})
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that servers are stopped then, too
+    try:
+        with tempfile.TemporaryDirectory(prefix="sf-", dir=options.folder) as folder:
+            bench = Bench(options, cores, Path(folder))
+            bench.run(groups)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    found = verdicts(bench.rows)
+    say("\n" + report.tables(groups, bench.rows))
+    say(report.targets_table(found))
+    if options.json:
+        written = report.document(about, groups, bench.rows, found) | {"failures": bench.failures}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
+    if bench.failures:
+        return 2
+    return int(not options.quick and any(each.reached is False for each in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

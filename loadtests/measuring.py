@@ -1,0 +1,147 @@
+"""One row, once: warm the server up, drive it, and note what it cost.
+
+Duty: from a running server and a load to the figures of one repetition. It compares nothing.
+Strategy: processor time is read before the load and again when the server has handed on what it acknowledged, so that
+work behind the answers counts, too. What other programs took meanwhile is noted with the figures: they say how far to
+trust these.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests import bodies, processes, wrk
+from loadtests.bodies import Asking
+from loadtests.cases import OVERLOAD, PEAK_CONNECTIONS, Entry
+from loadtests.networks import NETWORKS
+from loadtests.open_loop import OpenLoop
+from loadtests.results import Sample
+from loadtests.servers import Running
+
+SETTLE_S = 10.0
+LOOK_EVERY_S = 0.1
+WARM_RATE = 1000.0
+# A caller's patience with an overloaded server; twice the deadline, so that refusals that the server gives are seen.
+PATIENCE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How long and how hard. rate: requests a second of open loops."""
+
+    seconds: float
+    warm_s: float
+    rate: float
+
+
+def asking(entry: Entry) -> Asking:
+    """What is posted in a row."""
+    network = NETWORKS[entry.spec.network]
+    if entry.load.rows:
+        return bodies.batches(network, entry.load.rows)
+    return bodies.acts(network, raw=entry.load.raw)
+
+
+def measure(server: Running, entry: Entry, settings: Settings, folder: Path) -> Sample:
+    """Measure a row once. Raises RuntimeError when there are no figures."""
+    asked = asking(entry)
+    OpenLoop(server.port, asked.requests(), entry.load.connections if entry.load.connections < 64 else 64, 0.5).run(
+        WARM_RATE, settings.warm_s
+    )
+    settle(server)
+    watch = _Watch(server)
+    if entry.load.kind == "closed":
+        figures = _closed(server, entry, asked, settings, folder)
+    elif entry.load.kind == "open":
+        figures = _open(server, entry, asked, settings)
+    else:
+        figures = _overload(server, entry, asked, settings, folder)
+    return {**figures, **watch.costs(max(figures["decisions"], 1.0))}
+
+
+def start_figures(server: Running) -> Sample:
+    """What a start alone tells."""
+    return {"ready_s": server.ready_s, "peak_mb": server.peak_mb()}
+
+
+def settle(server: Running) -> None:
+    """Wait until what was acknowledged has been handed on. Goes on after a while: then the row says what it cost."""
+    deadline = time.monotonic() + SETTLE_S
+    while server.unshipped() and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY_S)
+
+
+def _closed(server: Running, entry: Entry, asked: Asking, settings: Settings, folder: Path) -> dict[str, float]:
+    script = wrk.write_script(folder, asked.path, asked.headers, asked.bodies)
+    found = wrk.run(wrk.command(server.port, script, entry.load.connections, settings.seconds))
+    return {
+        "per_s": found.per_s * asked.rows,
+        "decisions": float((found.requests - found.refused) * asked.rows),
+        "p50_us": float(found.p50_us),
+        "p99_us": float(found.p99_us),
+        "p999_us": float(found.p999_us),
+        "refused": float(found.refused),
+        "failed": float(found.failed),
+    }
+
+
+def _open(
+    server: Running, entry: Entry, asked: Asking, settings: Settings, rate: float = 0.0, patience_s: float = 5.0
+) -> dict[str, float]:
+    loop = OpenLoop(server.port, asked.requests(), entry.load.connections, patience_s)
+    found = loop.run(rate or settings.rate, settings.seconds)
+    figures = {
+        "per_s": found.per_s,
+        "decisions": float(found.answered),
+        "refused": float(found.refused),
+        "failed": float(found.failed + found.unanswered),
+        "given up": float(found.given_up),
+        "late": found.late / found.intended,
+    }
+    if found.answered:
+        both = found.latency, found.service
+        figures |= {"p50_us": both[0].p50_us, "p99_us": both[0].p99_us, "p999_us": both[0].p999_us}
+        figures |= {"service_p50_us": both[1].p50_us, "service_p99_us": both[1].p99_us}
+    return figures
+
+
+def _overload(server: Running, entry: Entry, asked: Asking, settings: Settings, folder: Path) -> dict[str, float]:
+    """The peak first, by wrk, then ten times as much; both count as decisions."""
+    script = wrk.write_script(folder, asked.path, asked.headers, asked.bodies)
+    peak = wrk.run(wrk.command(server.port, script, PEAK_CONNECTIONS, settings.seconds))
+    settle(server)
+    figures = _open(server, entry, asked, settings, OVERLOAD * peak.per_s, PATIENCE_S)
+    figures["goodput"] = figures["per_s"] / peak.per_s
+    figures["peak_per_s"] = peak.per_s
+    figures["decisions"] += peak.requests - peak.refused
+    return figures
+
+
+class _Watch:
+    """Processor time from its making on: of the server, of its store, of this side, of everybody else."""
+
+    def __init__(self, server: Running) -> None:
+        self._server = server
+        self._before = server.cpu_s()
+        self._others_s = self._elsewhere_s()
+        self._began_s = time.perf_counter()
+
+    def costs(self, decisions: float) -> dict[str, float]:
+        settle(self._server)
+        mine, store = (now - then for now, then in zip(self._server.cpu_s(), self._before, strict=True))
+        lasted_s = time.perf_counter() - self._began_s
+        return {
+            "cpu_us": 1e6 * mine / decisions,
+            "store_cpu_us": 1e6 * store / decisions,
+            "peak_mb": self._server.peak_mb(),
+            "elsewhere": max(0.0, self._elsewhere_s() - self._others_s) / lasted_s,
+        }
+
+    def _elsewhere_s(self) -> float:
+        """Of everything that runs, what is neither this side's, nor wrk's, nor the server's."""
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        ours = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+        return processes.machine_busy_s() - ours - sum(self._server.cpu_s())

@@ -1,0 +1,175 @@
+"""The servers that are measured, as processes: started, pinned, and stopped by pid.
+
+Duty: from a `Spec` to a running server on a free port of loopback, ready and pinned; what its processes have used.
+Strategy: our own affinity is set to the server's core while it is started, so that it and all that it starts are born
+there; a store that it starts (Surefoot's embedded Valkey takes any core) is pinned afterwards. Everything it writes goes
+into a folder of its own.
+Promise: `stop` leaves no process behind, and ends none that was not started here.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import socket
+import subprocess  # servers are programs
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests import processes
+from loadtests.cases import Spec
+from loadtests.networks import NETWORKS, POLICY, model, write_policy
+from loadtests.processes import Cores
+
+READY_S = 90.0
+EXIT_S = 40.0
+LOOK_EVERY_S = 0.005
+
+
+@dataclass(slots=True)
+class Running:
+    """A server that answers."""
+
+    spec: Spec
+    process: subprocess.Popen[bytes]
+    port: int
+    ready_s: float
+    log: Path
+
+    def cpu_s(self) -> tuple[float, float]:
+        """Processor time so far: of the server's processes, and of its store."""
+        everything = processes.tree(self.process.pid)
+        stores = {pid for pid in everything if processes.is_store(pid)}
+        return processes.cpu_s(pid for pid in everything if pid not in stores), processes.cpu_s(stores)
+
+    def peak_mb(self) -> float:
+        """The most memory that the process which answers has had."""
+        answering = [pid for pid in processes.tree(self.process.pid) if not processes.is_store(pid)]
+        return max(map(processes.peak_mb, answering))
+
+    def pin(self, cores: Cores) -> None:
+        for pid in processes.tree(self.process.pid):
+            processes.pin(pid, cores.store if processes.is_store(pid) else cores.server)
+
+    def unshipped(self) -> int:
+        """Events that Surefoot has acknowledged and not yet handed to Redis; 0 for others."""
+        if self.spec.kind != "surefoot":
+            return 0
+        found = re.findall(
+            r"^surefoot_ledger_unshipped_events(?:\{[^}]*\})? ([0-9.e+]+)", get(self.port, "/metrics")[1], re.M
+        )
+        return int(sum(map(float, found)))
+
+    def stop(self) -> None:
+        """SIGTERM, and wait; what is still there after that is killed."""
+        started = processes.tree(self.process.pid)
+        self.process.terminate()
+        try:
+            self.process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            for pid in started[1:]:
+                if pid in processes.tree(self.process.pid):
+                    os.kill(pid, 9)
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def running(spec: Spec, folder: Path, cores: Cores, collector: int | None = None) -> Iterator[Running]:
+    """Start a server, wait until it is ready, and stop it at the end. collector: port that traces are sent to."""
+    folder.mkdir(parents=True)
+    log = folder / "server.log"
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cores.server})
+    began_s = time.perf_counter()
+    try:
+        start = _start_surefoot if spec.kind == "surefoot" else _start_yardstick
+        process, port = start(spec, folder, log, collector)
+    finally:
+        os.sched_setaffinity(0, before)
+    server = Running(spec, process, port, 0.0, log)
+    try:
+        _wait_until_ready(server)
+        server.ready_s = time.perf_counter() - began_s
+        server.pin(cores)
+        yield server
+    finally:
+        server.stop()
+
+
+def _start_yardstick(spec: Spec, folder: Path, log: Path, _: int | None) -> tuple[subprocess.Popen[bytes], int]:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    arguments = [spec.kind, str(listener.fileno())]
+    if spec.kind == "fastapi":
+        (folder / "model.onnx").write_bytes(model(NETWORKS[spec.network]))
+        arguments.append(str(folder / "model.onnx"))
+    command = [sys.executable, "-m", "loadtests.yardsticks", *arguments]
+    with listener, log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=[listener.fileno()])  # noqa: S603
+        return process, listener.getsockname()[1]
+
+
+def _start_surefoot(spec: Spec, folder: Path, log: Path, collector: int | None) -> tuple[subprocess.Popen[bytes], int]:
+    for number in range(spec.policies):
+        name = POLICY if number == 0 else f"{POLICY}-{number}"
+        network = NETWORKS[spec.network]
+        write_policy(folder / "policies", network, policy=name, rule_count=spec.rules, shadow=spec.shadow)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SUREFOOT_", "OTEL_"))}
+    environment |= {
+        "SUREFOOT_DATA_DIR": str(folder / "data"),
+        "SUREFOOT_PORT": "0",
+        "SUREFOOT_POLICIES": str(folder / "policies"),
+        "SUREFOOT_DURABILITY": spec.durability,
+        "SUREFOOT_DEVICE": "cpu",
+        "SUREFOOT_LOG_LEVEL": "info",  # tells the port
+    }
+    if spec.tracing:
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector}"
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "service.cli", "serve"]
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)  # noqa: S603
+    try:
+        return process, _port_told(process, log)
+    except BaseException:
+        process.terminate()
+        process.wait(EXIT_S)
+        raise
+
+
+def _port_told(process: subprocess.Popen[bytes], log: Path) -> int:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if found := re.search(r'"url": "http://[^"]*:(\d+)"', log.read_text()):
+            return int(found[1])
+        time.sleep(LOOK_EVERY_S)
+    raise RuntimeError(f"the server says no port:\n{log.read_text()}")
+
+
+def _wait_until_ready(server: Running) -> None:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            if get(server.port, "/health/ready")[0] == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(LOOK_EVERY_S)
+    raise RuntimeError(f"{server.spec.name} is not ready:\n{server.log.read_text()}")
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and text of a GET. Raises OSError."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5.0)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    except http.client.HTTPException as error:
+        raise ConnectionError(str(error)) from error
+    finally:
+        connection.close()
