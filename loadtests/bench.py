@@ -39,6 +39,7 @@ from loadtests.targets import verdicts
 COLLECTOR = Spec("collector", "empty")  # answers to traces, on the driver's core
 # File descriptors: a thousand connections, and what Python holds.
 DESCRIPTORS = 4096
+TIMES = ("seconds", "warm_s", "rate")
 FULL = {"repetitions": 5, "seconds": 3.0, "warm_s": 1.0}
 QUICK = {"repetitions": 1, "seconds": 1.0, "warm_s": 0.3}
 
@@ -91,7 +92,7 @@ class Bench:
         for turn in range(self._options.repetitions):
             for entry in group.entries:
                 with running(entry.spec, folder / f"{entry.label}-{turn}", self._cores) as server:
-                    self._note(entry, measuring.start_figures(server), turn)
+                    self._note(entry, measuring.start_figures(server, entry, self._settings), turn)
 
     def _collector(self, folder: Path) -> Any:
         aside = Cores(self._cores.driver, self._cores.driver, self._cores.driver)
@@ -111,8 +112,8 @@ def _traced(group: Group) -> bool:
 def command(entry: Entry, options: argparse.Namespace) -> str:
     """The command that measures one row again, with what its ratios need beside it."""
     group, _, load = entry.name.split("/")
-    given = [f"--repetitions {options.repetitions}", f"--seconds {options.seconds:g}", f"--rate {options.rate:g}"]
-    return " ".join(["python -m loadtests.bench", f"--only '{group}/*/{load}'", *given])
+    given = [f"--{name.replace('_', '-')} {getattr(options, name):g}" for name in ("repetitions", *TIMES)]
+    return " ".join(["python -m loadtests.bench", f"--only '{group}/*/{load}'", *given, f"--store {options.store}"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,7 +157,7 @@ def machine(cores: Cores, options: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "load_before": os.getloadavg(),
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "options": {name: getattr(options, name) for name in ("quick", "repetitions", "seconds", "warm_s", "rate")},
+        "options": {name: getattr(options, name) for name in ("quick", "repetitions", "store", *TIMES)},
     }
 
 

@@ -29,7 +29,8 @@ class Spec:
     kind: Literal["surefoot", "empty", "fastapi"] = "surefoot"
     network: str = "small"
     durability: str = "process"
-    rules: int = 3
+    rules: int = 3  # thresholds on a feature
+    context_rules: int = 0
     tracing: bool = False
     shadow: bool = False
     policies: int = 1
@@ -113,7 +114,14 @@ GROUPS = (
         "durability", "what an answered event survives",
         {tier: replace(SUREFOOT, durability=tier) for tier in ("memory", "process", "node")}, [CLOSED[16], OPEN],
     ),
-    group("rules", "number of rules", {str(n): replace(SUREFOOT, rules=n) for n in (0, 3, 20)}, [CLOSED[16]]),
+    group(
+        "rules", "number of rules, thresholds on features; the last row: three that need the request's context",
+        {
+            **{str(n): replace(SUREFOOT, rules=n) for n in (0, 3, 20)},
+            "3-context": replace(SUREFOOT, rules=0, context_rules=3),
+        },
+        [CLOSED[16]],
+    ),
     group(
         "watched", "tracing every decision, and a shadow that scores every decision",
         {"plain": SUREFOOT, "tracing": replace(SUREFOOT, tracing=True), "shadow": replace(SUREFOOT, shadow=True)},
@@ -135,7 +143,7 @@ GROUPS = (
     ),
 )  # fmt: skip
 # Rows that a quick run leaves out unless they are named.
-SLOW = ("*/c256", "batch/of-4/*", "batch/of-16/*", "batch/of-256/*", "rules/3/*")
+SLOW = ("*/c256", "batch/of-4/*", "batch/of-16/*", "batch/of-256/*", "rules/3/*", "rules/3-context/*")
 
 
 def chosen(only: Sequence[str], *, quick: bool = False) -> list[Group]:

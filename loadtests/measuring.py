@@ -23,7 +23,7 @@ from loadtests.servers import Running
 
 SETTLE_S = 10.0
 LOOK_EVERY_S = 0.1
-WARM_RATE = 1000.0
+WARM_RATE, WARM_CONNECTIONS, WARM_PATIENCE_S = 1000.0, 64, 0.5
 # A caller's patience with an overloaded server; twice the deadline, so that refusals that the server gives are seen.
 PATIENCE_S = 2.0
 
@@ -48,9 +48,7 @@ def asking(entry: Entry) -> Asking:
 def measure(server: Running, entry: Entry, settings: Settings, folder: Path) -> Sample:
     """Measure a row once. Raises RuntimeError when there are no figures."""
     asked = asking(entry)
-    OpenLoop(server.port, asked.requests(), entry.load.connections if entry.load.connections < 64 else 64, 0.5).run(
-        WARM_RATE, settings.warm_s
-    )
+    warm(server, asked, min(entry.load.connections, WARM_CONNECTIONS), settings)
     settle(server)
     watch = _Watch(server)
     if entry.load.kind == "closed":
@@ -62,8 +60,14 @@ def measure(server: Running, entry: Entry, settings: Settings, folder: Path) -> 
     return {**figures, **watch.costs(max(figures["decisions"], 1.0))}
 
 
-def start_figures(server: Running) -> Sample:
-    """What a start alone tells."""
+def warm(server: Running, asked: Asking, connections: int, settings: Settings) -> None:
+    """Ask for a while, and forget the answers."""
+    OpenLoop(server.port, asked.requests(), connections, WARM_PATIENCE_S).run(WARM_RATE, settings.warm_s)
+
+
+def start_figures(server: Running, entry: Entry, settings: Settings) -> Sample:
+    """How long the start took, and the memory, once it has answered for a while."""
+    warm(server, asking(entry), entry.load.connections, settings)
     return {"ready_s": server.ready_s, "peak_mb": server.peak_mb()}
 
 

@@ -108,19 +108,23 @@ def states(network: Network, count: int, seed: int = 1) -> npt.NDArray[np.float3
     return draw.uniform(-1.0, 1.0, (count, *network.shape)).round(4).astype(np.float32)
 
 
-def rules(count: int) -> list[dict[str, Any]]:
-    """So many rules: two of three are thresholds on a feature, the third needs the request's context."""
-    found = []
-    for i in range(count):
-        action = f"a{1 + i % (ACTIONS - 1)}"  # a0 is the fallback, which no rule may forbid
-        threshold = f'state.x{i % 8} > {0.5 + 0.02 * i:.2f} && action.name == "{action}"'
-        night = f'has(context.hour) && context.hour < {i % 6} && action.name == "{action}"'
-        found.append({"kind": "forbid", "name": f"rule-{i}", "when": night if i % 3 == 2 else threshold})
-    return found
+def thresholds(count: int) -> list[dict[str, Any]]:
+    """So many rules of the kind most are: a threshold on a feature forbids an action."""
+    return [_forbid(f"threshold-{i}", f"state.x{i % 8} > {0.5 + 0.02 * i:.2f}", i) for i in range(count)]
+
+
+def contextual(count: int) -> list[dict[str, Any]]:
+    """So many rules that need what the request says of its context, and so the whole of CEL for each row."""
+    return [_forbid(f"night-{i}", f"has(context.hour) && context.hour < {i % 6}", i) for i in range(count)]
+
+
+def _forbid(name: str, condition: str, number: int) -> dict[str, Any]:
+    action = f"a{1 + number % (ACTIONS - 1)}"  # a0 is the fallback, which no rule may forbid
+    return {"kind": "forbid", "name": name, "when": f'{condition} && action.name == "{action}"'}
 
 
 def write_policy(
-    root: Path, network: Network, *, policy: str = POLICY, rule_count: int = 0, shadow: bool = False
+    root: Path, network: Network, *, policy: str = POLICY, rules: Sequence[dict[str, Any]] = (), shadow: bool = False
 ) -> None:
     """Write a policy below `root` as Surefoot loads it: v1 decides, v2, where there is one, watches."""
     folder = root / policy
@@ -128,8 +132,8 @@ def write_policy(
         _write_version(folder / version, network, policy, version, seed)
     deployment: dict[str, Any] = {"schema": 1, "policy": policy, "champion": "v1", "reward": {"window_s": WINDOW_S}}
     _write_yaml(folder / "deployment.yaml", deployment | ({"shadows": ["v2"]} if shadow else {}))
-    if rule_count:
-        _write_yaml(folder / "safety.yaml", {"schema": 1, "policy": policy, "rules": rules(rule_count)})
+    if rules:
+        _write_yaml(folder / "safety.yaml", {"schema": 1, "policy": policy, "rules": list(rules)})
 
 
 def _write_version(folder: Path, network: Network, policy: str, version: str, seed: int) -> None:

@@ -3,8 +3,8 @@
 Duty: send what `schedule.py` says, read the answers, and tell the latency of each from when it was meant to leave. It
 checks statuses, not what answers say.
 Strategy: one thread, one epoll, non-blocking sockets, no event loop: a request costs some 20 µs, so this side is not
-what is measured. It sleeps in `select` on the epoll's own descriptor, which keeps microseconds where epoll's own timeout
-keeps milliseconds, and spins for the last of them.
+what is measured. It sleeps in `select` on the epoll's own descriptor, which keeps microseconds where epoll's own
+timeout keeps milliseconds, and spins for the last of them.
 Promise: each request of the schedule is counted exactly once: answered, refused, failed, given up, or unanswered. What
 this driver itself was late with is counted as `late`: with more than a few of those, do not believe the latencies.
 """
@@ -31,7 +31,7 @@ CONNECT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Driven:
-    """What came of a schedule. `latency` counts from when requests were meant to leave, `service` from when they did."""
+    """What came of a schedule. `latency` counts from when a request was meant to leave, `service` from when it did."""
 
     intended: int
     answered: int  # with a status below 400
@@ -100,9 +100,11 @@ class OpenLoop:
             self._connect()
 
     def run(self, rate: float, seconds: float) -> Driven:
-        """Send at this rate for so long, and wait for the answers for at most the patience. Closes all connections."""
+        """Send at this rate for so long, and wait for the answers. Closes all connections."""
         schedule = Schedule.lasting(time.perf_counter() + LEAD_S, rate, seconds)
-        sent, last_s = 0, schedule.intended_s(schedule.count - 1) + self._patience_s
+        # Whoever waits for a connection may leave as late as that, and then waits for the answer.
+        last_s = schedule.intended_s(schedule.count - 1) + 2 * self._patience_s
+        sent = 0
         try:
             while (now_s := time.perf_counter()) < last_s:
                 sent = self._send_due(schedule, sent, now_s)
@@ -122,7 +124,7 @@ class OpenLoop:
             given_up=gone,
             unanswered=schedule.count - gone - self._failed - sum(self._statuses.values()),
             late=self._late,
-            # The time of the schedule, unless answers were still coming long after it: those are no throughput in it.
+            # With the time until the last answer: a queue that is still to be worked off is no throughput.
             elapsed_s=max(time.perf_counter() - schedule.start_s, schedule.count / rate),
             latency=Latency.of(self._latency),
             service=Latency.of(self._service),

@@ -84,13 +84,13 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def tables(groups: Iterable[Group], rows: Mapping[str, Row]) -> str:
-    """All groups, each with what it is about and the command of every row."""
+    """All groups, each with what it is about and the commands that measure its rows."""
     parts = []
     for group in groups:
         measured = [rows[entry.name] for entry in group.entries if entry.name in rows]
         if measured:
             lines = [HEADS, *(cells(row, group.references, rows) for row in measured)]
-            commands = "\n".join(f"    {row.command}" for row in measured)
+            commands = "\n".join(f"    {each}" for each in dict.fromkeys(row.command for row in measured))
             parts.append(f"{group.name}: {group.about}\n\n{table(lines)}\n\n{commands}\n")
     return "\n".join(parts)
 

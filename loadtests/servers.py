@@ -2,8 +2,8 @@
 
 Duty: from a `Spec` to a running server on a free port of loopback, ready and pinned; what its processes have used.
 Strategy: our own affinity is set to the server's core while it is started, so that it and all that it starts are born
-there; a store that it starts (Surefoot's embedded Valkey takes any core) is pinned afterwards. Everything it writes goes
-into a folder of its own.
+there; a store that it starts (Surefoot's embedded Valkey takes any core) is pinned afterwards. Everything it writes
+goes into a folder of its own.
 Promise: `stop` leaves no process behind, and ends none that was not started here.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from loadtests import processes
 from loadtests.cases import Spec
-from loadtests.networks import NETWORKS, POLICY, model, write_policy
+from loadtests.networks import NETWORKS, POLICY, contextual, model, thresholds, write_policy
 from loadtests.processes import Cores
 
 READY_S = 90.0
@@ -118,7 +118,8 @@ def _start_surefoot(spec: Spec, folder: Path, log: Path, collector: int | None) 
     for number in range(spec.policies):
         name = POLICY if number == 0 else f"{POLICY}-{number}"
         network = NETWORKS[spec.network]
-        write_policy(folder / "policies", network, policy=name, rule_count=spec.rules, shadow=spec.shadow)
+        rules = thresholds(spec.rules) + contextual(spec.context_rules)
+        write_policy(folder / "policies", network, policy=name, rules=rules, shadow=spec.shadow)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SUREFOOT_", "OTEL_"))}
     environment |= {
         "SUREFOOT_DATA_DIR": str(folder / "data"),
