@@ -1,1 +1,1 @@
-"""Load tests: locust and wrk drivers. They speak HTTP only."""
+"""Load tests: the benchmark with its open-loop driver, wrk and locust. They speak HTTP only."""

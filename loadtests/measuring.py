@@ -8,6 +8,7 @@ trust these.
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from loadtests.cases import OVERLOAD, PEAK_CONNECTIONS, Entry
 from loadtests.networks import NETWORKS
 from loadtests.open_loop import OpenLoop
 from loadtests.results import Sample
-from loadtests.servers import Running
+from loadtests.servers import Running, post
 
 SETTLE_S = 10.0
 LOOK_EVERY_S = 0.1
@@ -48,6 +49,7 @@ def asking(entry: Entry) -> Asking:
 def measure(server: Running, entry: Entry, settings: Settings, folder: Path) -> Sample:
     """Measure a row once. Raises RuntimeError when there are no figures."""
     asked = asking(entry)
+    check(server, asked)
     warm(server, asked, min(entry.load.connections, WARM_CONNECTIONS), settings)
     settle(server)
     watch = _Watch(server)
@@ -58,6 +60,14 @@ def measure(server: Running, entry: Entry, settings: Settings, folder: Path) -> 
     else:
         figures = _overload(server, entry, asked, settings, folder)
     return {**figures, **watch.costs(max(figures["decisions"], 1.0))}
+
+
+def check(server: Running, asked: Asking) -> None:
+    """See to it that it is decisions that are measured. Raises RuntimeError when it is refusals or fallbacks."""
+    status, text = post(server.port, asked.path, asked.bodies[0], asked.headers)
+    fallback = json.loads(text).get("fallback") if status == 200 else None
+    if status != 200 or (any(fallback) if isinstance(fallback, list) else fallback):
+        raise RuntimeError(f"{server.spec.name} answers {status}: {text[:500]}")
 
 
 def warm(server: Running, asked: Asking, connections: int, settings: Settings) -> None:
@@ -99,6 +109,7 @@ def _open(
     found = loop.run(rate or settings.rate, settings.seconds)
     figures = {
         "per_s": found.per_s,
+        "rate": rate or settings.rate,
         "decisions": float(found.answered),
         "refused": float(found.refused),
         "failed": float(found.failed + found.unanswered),

@@ -80,6 +80,8 @@ def complete(got: bytes) -> tuple[int, bool] | None:
     if not head.startswith(b"http/1.1 ") or at < 0:
         raise ValueError(f"cannot be read: {head[:200]!r}")
     length = int(head[at + 17 : head.index(b"\r\n", at + 2)])
+    if len(got) > end + 4 + length:
+        raise ValueError(f"more than was announced: {got[:200]!r}")
     return None if len(got) < end + 4 + length else (int(head[9:12]), b"\r\nconnection: close\r\n" in head)
 
 
@@ -190,11 +192,13 @@ class OpenLoop:
             return
         connection.got += part
         try:
-            answer = complete(connection.got)
+            answer = complete(connection.got) if connection.busy else None
         except ValueError:
             self._break(connection)
             return
-        if answer is not None:
+        if not connection.busy:
+            self._break(connection)  # an answer that nobody asked for
+        elif answer is not None:
             self._answered(connection, *answer)
 
     def _answered(self, connection: Connection, status: int, closes: bool) -> None:

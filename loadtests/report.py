@@ -48,6 +48,8 @@ def _ratios(row: Row, labels: Sequence[str], rows: Mapping[str, Row], figure: st
 
 
 def _all_ratios(row: Row, labels: Sequence[str], rows: Mapping[str, Row], figure: str) -> dict[str, float]:
+    if figure == "per_s" and row.values("rate"):
+        return {}  # the rate was given: all that keep up answer as much
     found = {label: row.ratio(other, figure) for label, other in references(row.name, labels, rows).items()}
     return {label: ratio for label, ratio in found.items() if ratio is not None}
 

@@ -16,7 +16,7 @@ import socket
 import subprocess  # servers are programs
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from loadtests.processes import Cores
 
 READY_S = 90.0
 EXIT_S = 40.0
-LOOK_EVERY_S = 0.005
+ANSWER_S = 5.0
+LOOK_EVERY_S = 0.02
 
 
 @dataclass(slots=True)
@@ -165,9 +166,18 @@ def _wait_until_ready(server: Running) -> None:
 
 def get(port: int, path: str) -> tuple[int, str]:
     """Status and text of a GET. Raises OSError."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5.0)
+    return _asked(port, "GET", path, None, {})
+
+
+def post(port: int, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str]:
+    """Status and text of a POST. Raises OSError."""
+    return _asked(port, "POST", path, body, headers)
+
+
+def _asked(port: int, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
     try:
-        connection.request("GET", path)
+        connection.request(method, path, body, dict(headers))
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
     except http.client.HTTPException as error:
