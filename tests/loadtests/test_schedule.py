@@ -48,3 +48,11 @@ def test_the_rate_is_constant_whatever_happens_meanwhile() -> None:
 
 def test_a_schedule_has_one_request_at_least() -> None:
     assert Schedule.lasting(0.0, rate=1.0, seconds=0.1).count == 1
+
+
+@given(st.floats(0.0, 1e6), st.floats(0.5, 1e5), st.integers(0, 9_999))
+def test_a_request_is_due_at_the_very_moment_it_is_meant_to_leave(start_s: float, rate: float, index: int) -> None:
+    schedule = Schedule(start_s, rate, 10_000)
+    intended_s = schedule.intended_s(index)
+    assert schedule.due(intended_s) > index
+    assert schedule.intended_s(schedule.due(intended_s) - 1) <= intended_s
