@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from loadtests import measuring, report, wrk
-from loadtests.cases import Entry, Group, Spec, chosen
+from loadtests.cases import PEERS, Entry, Group, Spec, chosen
 from loadtests.measuring import Settings
 from loadtests.processes import Cores
 from loadtests.results import Row, Sample
-from loadtests.servers import Running, running
+from loadtests.servers import Running, interpreter, running
 from loadtests.targets import verdicts
 
 COLLECTOR = Spec("collector", "empty")  # answers to traces, on the driver's core
@@ -82,7 +82,7 @@ class Bench:
             for spec in dict.fromkeys(entry.spec for entry in group.entries):
                 place = folder / f"server-{len(servers)}"
                 port = collector.port if collector else None
-                servers[spec] = stack.enter_context(running(spec, place, self._cores, port))
+                servers[spec] = stack.enter_context(running(spec, place, self._cores, port, self._options.peers))
             for turn in range(self._options.repetitions):
                 for entry in group.entries if turn % 2 == 0 else reversed(group.entries):
                     self._note(entry, measuring.measure(servers[entry.spec], entry, self._settings, folder), turn)
@@ -109,6 +109,10 @@ def _traced(group: Group) -> bool:
     return any(entry.spec.tracing for entry in group.entries)
 
 
+def _installed(peers: Path | None) -> list[str]:
+    return [kind for kind in PEERS if peers is not None and interpreter(peers, kind).exists()]
+
+
 def command(entry: Entry, options: argparse.Namespace) -> str:
     """The command that measures one row again, with what its ratios need beside it."""
     group, _, load = entry.name.split("/")
@@ -129,6 +133,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--warm-s", type=float, help=f"before each; default {FULL['warm_s']:g}")
     made.add_argument("--rate", type=float, default=500.0, help="requests a second of open loops; default 500")
     made.add_argument("--store", choices=("driver", "server"), default="driver", help="whose core the Valkey shares")
+    made.add_argument(
+        "--peers", type=Path, metavar="FOLDER", help="with an environment for each peer that is installed"
+    )
     made.add_argument("--folder", type=Path, help="where servers write; node is about this disk")
     return made
 
@@ -165,10 +172,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run. Gives the exit code."""
     options = read_options(arguments)
     try:
-        groups = chosen(options.only, quick=options.quick)
+        groups = chosen(options.only, quick=options.quick, installed=_installed(options.peers))
         if options.list:
             say("\n".join(entry.name for group in groups for entry in group.entries))
             return 0
+        if not groups:
+            raise ValueError("what is named are peers that are not installed; --peers says where they are")
         if any(entry.load.kind in ("closed", "overload") for group in groups for entry in group.entries):
             wrk.find()
     except (ValueError, wrk.WrkMissingError) as error:

@@ -54,6 +54,15 @@ def acts(network: Network, *, raw: bool = False, context: bool = True) -> Asking
     return Asking("/v1/act", {"Content-Type": JSON}, bodies)
 
 
+def inferences(network: Network) -> Asking:
+    """The same states in the Open Inference Protocol, for a server that speaks nothing else."""
+    bodies = []
+    for state in states(network, DIFFERENT):
+        tensor = {"name": "observation", "shape": [1, *state.shape], "datatype": "FP32", "data": _numbers(state)}
+        bodies.append(json.dumps({"inputs": [tensor]}).encode())
+    return Asking("/v2/models/bench/infer", {"Content-Type": JSON}, bodies)
+
+
 def batches(network: Network, rows: int) -> Asking:
     """Batches in JSON, each row with a key and a context of its own."""
     bodies = []

@@ -7,7 +7,7 @@ machine does meets all of them; figures are compared within a group and a load o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -26,7 +26,7 @@ class Spec:
     """A server to start. All but kind and network is about Surefoot alone."""
 
     name: str
-    kind: Literal["surefoot", "empty", "fastapi"] = "surefoot"
+    kind: str = "surefoot"  # or empty, fastapi, or one of PEERS
     network: str = "small"
     durability: str = "process"
     rules: int = 3  # thresholds on a feature
@@ -81,6 +81,8 @@ class Group:
 CLOSED = {connections: Load(f"c{connections}", connections=connections) for connections in CONNECTIONS}
 OPEN = Load("open", "open", OPEN_CONNECTIONS)
 EMPTY, FASTAPI, SUREFOOT = Spec("empty", "empty"), Spec("fastapi", "fastapi"), Spec("surefoot")
+
+PEERS = {kind: Spec(kind, kind) for kind in ("litserve", "bentoml", "mlserver", "ray")}
 
 
 def group(name: str, about: str, specs: dict[str, Spec], loads: Sequence[Load], *references: str) -> Group:
@@ -138,18 +140,22 @@ GROUPS = (
         {"surefoot": SUREFOOT}, [Load("10x", "overload", OVERLOAD_CONNECTIONS)],
     ),
     group(
+        "peers", "other servers of models, inference only; those that are installed",
+        {"fastapi": FASTAPI, "surefoot": SUREFOOT, **PEERS}, [CLOSED[16], OPEN],
+    ),
+    group(
         "start", "from nothing to ready with 3 policies, and memory",
         {"surefoot": replace(SUREFOOT, policies=3)}, [Load("cold", "start")],
     ),
 )  # fmt: skip
 # Rows that a quick run leaves out unless they are named.
-SLOW = ("*/c256", "batch/of-4/*", "batch/of-16/*", "batch/of-256/*", "rules/3/*", "rules/3-context/*")
+SLOW = ("peers/*", "*/c256", "batch/of-4/*", "batch/of-16/*", "batch/of-256/*", "rules/3/*", "rules/3-context/*")
 
 
-def chosen(only: Sequence[str], *, quick: bool = False) -> list[Group]:
+def chosen(only: Sequence[str], *, quick: bool = False, installed: Collection[str] = ()) -> list[Group]:
     """The groups with the rows that are meant: by name, by the beginning of one, or with * and ?; nothing named: all.
 
-    Raises ValueError for a name that means no row.
+    installed: the peers that are; rows of others are left out. Raises ValueError for a name that means no row.
     """
     everything = [entry for each in GROUPS for entry in each.entries]
     for name in only:
@@ -157,6 +163,8 @@ def chosen(only: Sequence[str], *, quick: bool = False) -> list[Group]:
             raise ValueError(f"{name} is no row; groups are {', '.join(each.name for each in GROUPS)}")
 
     def wanted(entry: Entry) -> bool:
+        if entry.spec.kind in PEERS and entry.spec.kind not in installed:
+            return False
         if only:
             return any(_means(name, entry) for name in only)
         return not (quick and any(fnmatchcase(entry.name, pattern) for pattern in SLOW))

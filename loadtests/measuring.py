@@ -43,6 +43,8 @@ def asking(entry: Entry) -> Asking:
     network = NETWORKS[entry.spec.network]
     if entry.load.rows:
         return bodies.batches(network, entry.load.rows)
+    if entry.spec.kind == "mlserver":
+        return bodies.inferences(network)
     return bodies.acts(network, raw=entry.load.raw)
 
 

@@ -44,6 +44,15 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def born(pid: int) -> int | None:
+    """When a process was started, in ticks since boot; tells it from a later one of its number. None: it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except GONE:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
+
+
 def is_store(pid: int) -> bool:
     """Tell whether a process is a Valkey or a Redis."""
     try:

@@ -9,9 +9,12 @@ Promise: `stop` leaves no process behind, and ends none that was not started her
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess  # servers are programs
 import sys
@@ -22,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtests import processes
-from loadtests.cases import Spec
+from loadtests.cases import PEERS, Spec
 from loadtests.networks import NETWORKS, POLICY, contextual, model, thresholds, write_policy
 from loadtests.processes import Cores
 
@@ -30,6 +33,7 @@ READY_S = 90.0
 EXIT_S = 40.0
 ANSWER_S = 5.0
 LOOK_EVERY_S = 0.02
+READY_AT = {"bentoml": "/readyz", "mlserver": "/v2/health/ready", "ray": "/-/healthz"}
 
 
 @dataclass(slots=True)
@@ -67,30 +71,38 @@ class Running:
         return int(sum(map(float, found)))
 
     def stop(self) -> None:
-        """SIGTERM, and wait; what is still there after that is killed."""
-        started = processes.tree(self.process.pid)
+        """SIGTERM, and wait; what it has started and left behind is killed."""
+        started = {pid: processes.born(pid) for pid in processes.tree(self.process.pid)}
         self.process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(EXIT_S)
-        except subprocess.TimeoutExpired:
-            for pid in started[1:]:
-                if pid in processes.tree(self.process.pid):
-                    os.kill(pid, 9)
-            self.process.kill()
-            self.process.wait()
+        for pid, born in started.items():
+            if born is not None and processes.born(pid) == born:  # and no other process that has the number now
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
 
 @contextmanager
-def running(spec: Spec, folder: Path, cores: Cores, collector: int | None = None) -> Iterator[Running]:
-    """Start a server, wait until it is ready, and stop it at the end. collector: port that traces are sent to."""
+def running(
+    spec: Spec, folder: Path, cores: Cores, collector: int | None = None, peers: Path | None = None
+) -> Iterator[Running]:
+    """Start a server, wait until it is ready, and stop it at the end.
+
+    collector: port that traces are sent to. peers: folder with an environment for each peer.
+    """
     folder.mkdir(parents=True)
     log = folder / "server.log"
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {cores.server})
     began_s = time.perf_counter()
     try:
-        start = _start_surefoot if spec.kind == "surefoot" else _start_yardstick
-        process, port = start(spec, folder, log, collector)
+        if spec.kind in PEERS:
+            process, port = _start_peer(spec, folder, log, peers or Path())
+        elif spec.kind == "surefoot":
+            process, port = _start_surefoot(spec, folder, log, collector)
+        else:
+            process, port = _start_yardstick(spec, folder, log)
     finally:
         os.sched_setaffinity(0, before)
     server = Running(spec, process, port, 0.0, log)
@@ -103,7 +115,7 @@ def running(spec: Spec, folder: Path, cores: Cores, collector: int | None = None
         server.stop()
 
 
-def _start_yardstick(spec: Spec, folder: Path, log: Path, _: int | None) -> tuple[subprocess.Popen[bytes], int]:
+def _start_yardstick(spec: Spec, folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], int]:
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     arguments = [spec.kind, str(listener.fileno())]
     if spec.kind == "fastapi":
@@ -143,6 +155,26 @@ def _start_surefoot(spec: Spec, folder: Path, log: Path, collector: int | None) 
         raise
 
 
+def interpreter(peers: Path, kind: str) -> Path:
+    """Where the Python is that a peer is installed in."""
+    return peers.absolute() / kind / "bin" / "python"
+
+
+def _start_peer(spec: Spec, folder: Path, log: Path, peers: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A peer opens its port itself: one that was free a moment ago."""
+    (folder / "model.onnx").write_bytes(model(NETWORKS[spec.network]))
+    shutil.copy(Path(__file__).with_name("peers.py"), folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    command = [str(interpreter(peers, spec.kind)), "peers.py", spec.kind, str(port), str(folder / "model.onnx")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(  # noqa: S603  our own command
+            command, stdout=file, stderr=file, cwd=folder, env=environment, start_new_session=True
+        )
+    return process, port
+
+
 def _port_told(process: subprocess.Popen[bytes], log: Path) -> int:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -156,7 +188,7 @@ def _wait_until_ready(server: Running) -> None:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and server.process.poll() is None:
         try:
-            if get(server.port, "/health/ready")[0] == 200:
+            if get(server.port, READY_AT.get(server.spec.kind, "/health/ready"))[0] == 200:
                 return
         except OSError:
             pass

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 
 from loadtests import bodies, processes, wrk
-from loadtests.cases import EMPTY, FASTAPI, GROUPS, SUREFOOT, Spec
+from loadtests.cases import EMPTY, FASTAPI, GROUPS, PEERS, SUREFOOT, Spec, chosen
+from loadtests.measuring import asking
 from loadtests.networks import CONV, MEDIUM, SMALL, Network, contextual, thresholds, write_policy
 from loadtests.open_loop import OpenLoop
 from loadtests.processes import Cores
-from loadtests.servers import post, running
+from loadtests.servers import Running, interpreter, post, running
 from tests.waiting import gone, until
 
 ROOT = Path(__file__).parents[2]
 CORES = Cores.among(os.sched_getaffinity(0))
+ENVIRONMENTS = Path(os.environ.get("BENCH_PEERS", ROOT / "build" / "peers"))
 
 
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -87,6 +89,35 @@ def test_a_server_is_pinned_answers_and_leaves_nobody_behind(spec: Spec, tmp_pat
         assert server.peak_mb() > 10
         assert server.unshipped() >= 0
     assert [pid for pid in everybody if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_what_a_server_leaves_behind_is_ended(tmp_path: Path) -> None:
+    """A shell that leaves at once when told so, and forgets the program that it has started."""
+    process = subprocess.Popen(["sh", "-c", "sleep 1000 & wait"])
+    until(lambda: len(processes.tree(process.pid)) == 2, "the program")
+    everybody = processes.tree(process.pid)
+    Running(EMPTY, process, 0, 0.0, tmp_path / "log").stop()
+    until(lambda: all(map(gone, everybody)), "the end of both")
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_a_peer_answers_what_fastapi_answers(kind: str, tmp_path: Path) -> None:
+    if not interpreter(ENVIRONMENTS, kind).exists():
+        pytest.skip(f"no {kind} in {ENVIRONMENTS}: docs/performance.md says how it comes there")
+    entries = [entry for group in chosen(["peers"], installed=[kind]) for entry in group.entries]
+    found = {}
+    for spec in (FASTAPI, PEERS[kind]):
+        (asked, *_) = [asking(entry) for entry in entries if entry.spec == spec]
+        with running(spec, tmp_path / spec.name, CORES, peers=ENVIRONMENTS) as server:
+            answers = [post(server.port, asked.path, body, asked.headers) for body in asked.bodies[:16]]
+        assert {status for status, _ in answers} == {200}, answers
+        found[spec] = [values(json.loads(text)) for _, text in answers]
+    assert found[PEERS[kind]] == pytest.approx(found[FASTAPI], rel=1e-4)
+
+
+def values(answer: dict[str, Any]) -> float:
+    """The largest value: it tells network and state."""
+    return float(max(answer["outputs"][0]["data"] if "outputs" in answer else answer["values"]))
 
 
 def test_what_is_measured_are_decisions_that_rules_change_and_exploration_varies(tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ def test_names_choose_rows() -> None:
     assert names("rules", "start") == {each for each in everything if each.startswith(("rules/", "start/"))}
     assert names(quick=True) < everything
     assert names("base/empty/c256", quick=True) == {"base/empty/c256"}
+    peers = {entry.spec.kind for group in chosen(["peers"], installed=["litserve"]) for entry in group.entries}
+    assert peers == {"fastapi", "surefoot", "litserve"}
+    assert not any("litserve" in each for each in everything), "it is not installed"
     with pytest.raises(ValueError, match="bas is no row"):
         chosen(["bas"])
 
