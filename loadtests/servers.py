@@ -92,6 +92,7 @@ def running(
     collector: port that traces are sent to. peers: folder with an environment for each peer.
     """
     folder.mkdir(parents=True)
+    _write_files(spec, folder)  # no part of the start, which is timed
     log = folder / "server.log"
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {cores.server})
@@ -115,11 +116,21 @@ def running(
         server.stop()
 
 
+def _write_files(spec: Spec, folder: Path) -> None:
+    network = NETWORKS[spec.network]
+    if spec.kind != "surefoot":
+        (folder / "model.onnx").write_bytes(model(network))
+        return
+    rules = thresholds(spec.rules) + contextual(spec.context_rules)
+    for number in range(spec.policies):
+        name = POLICY if number == 0 else f"{POLICY}-{number}"
+        write_policy(folder / "policies", network, policy=name, rules=rules, shadow=spec.shadow)
+
+
 def _start_yardstick(spec: Spec, folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], int]:
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     arguments = [spec.kind, str(listener.fileno())]
     if spec.kind == "fastapi":
-        (folder / "model.onnx").write_bytes(model(NETWORKS[spec.network]))
         arguments.append(str(folder / "model.onnx"))
     command = [sys.executable, "-m", "loadtests.yardsticks", *arguments]
     with listener, log.open("wb") as file:
@@ -128,11 +139,6 @@ def _start_yardstick(spec: Spec, folder: Path, log: Path) -> tuple[subprocess.Po
 
 
 def _start_surefoot(spec: Spec, folder: Path, log: Path, collector: int | None) -> tuple[subprocess.Popen[bytes], int]:
-    for number in range(spec.policies):
-        name = POLICY if number == 0 else f"{POLICY}-{number}"
-        network = NETWORKS[spec.network]
-        rules = thresholds(spec.rules) + contextual(spec.context_rules)
-        write_policy(folder / "policies", network, policy=name, rules=rules, shadow=spec.shadow)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SUREFOOT_", "OTEL_"))}
     environment |= {
         "SUREFOOT_DATA_DIR": str(folder / "data"),
@@ -162,7 +168,6 @@ def interpreter(peers: Path, kind: str) -> Path:
 
 def _start_peer(spec: Spec, folder: Path, log: Path, peers: Path) -> tuple[subprocess.Popen[bytes], int]:
     """A peer opens its port itself: one that was free a moment ago."""
-    (folder / "model.onnx").write_bytes(model(NETWORKS[spec.network]))
     shutil.copy(Path(__file__).with_name("peers.py"), folder)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
