@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test faults lint check fix coverage constraints train clean
+.PHONY: run test faults bench bench-peers lint check fix coverage constraints train clean
 
 run: $(VENV)/.run ## Install what serving needs, then serve; all SUREFOOT_ variables are passed on
 	exec $(BIN)/surefoot serve
@@ -18,6 +18,16 @@ test: $(VENV)/.test ## Install what tests need, then run the checks and the test
 faults: $(VENV)/.test ## Break a whole service in every way of docs/faults.md, and count what was lost; ARGS="--quick --row 4"
 	command -v faketime >/dev/null || { apt-get update -qq && apt-get install -y -qq faketime >/dev/null; } || true
 	$(BIN)/python -m tests.faults $(ARGS)
+
+bench: $(VENV)/.run ## How fast it is, against the least a server can cost and FastAPI; ARGS="--quick --only base"
+	command -v wrk >/dev/null || { apt-get update -qq && apt-get install -y -qq wrk >/dev/null; } || true
+	$(BIN)/python -m loadtests.bench $(ARGS)
+
+bench-peers: $(VENV)/.run ## The same beside LitServe, BentoML, MLServer and Ray Serve
+	command -v wrk >/dev/null || { apt-get update -qq && apt-get install -y -qq wrk >/dev/null; } || true
+	for peer in litserve bentoml mlserver 'ray[serve]'; do name=$${peer%%[*}; test -x build/peers/$$name/bin/python || { \
+		$(PYTHON) -m venv build/peers/$$name && build/peers/$$name/bin/python -m pip install --quiet $$peer onnxruntime numpy; }; done
+	$(BIN)/python -m loadtests.bench --only peers --peers build/peers $(ARGS)
 
 lint: $(VENV)/.test ## Style, types, import arrows
 	$(BIN)/ruff check .
