@@ -46,7 +46,7 @@ from service.catalog import AWAY, Catalog
 from service.clock import Clock
 from service.control import Going, Moved
 from service.gate import warnings_of
-from service.rolling import redeployed
+from service.rolling import forgotten, redeployed
 from service.safeguards import fitting_rules
 from service.scalar import Scalar
 from service.standing import Document, PolicyState
@@ -124,7 +124,9 @@ class Changes:
                 raise InvalidField(f"{policy} has no version {label!r}", at)
             await self._catalog.require(state, label)
         standing = state.document or Document(0, wanted, 0, by)
-        await self._set(state, redeployed(standing, wanted, self._clock.event_ms()), by)
+        await self._set(
+            state, redeployed(standing, wanted, self._clock.event_ms(), lambda label: state.digest(label) or ""), by
+        )
         await self._catalog.converge()
         return state
 
@@ -214,7 +216,7 @@ class Changes:
             if not watches and others == document.deployment.shadows:
                 return state
             wanted = _watched_by(document.deployment, [*others, label] if watches else others)
-            changed = redeployed(document, wanted, self._clock.event_ms())
+            changed = redeployed(document, wanted, self._clock.event_ms(), lambda label: state.digest(label) or "")
             with contextlib.suppress(GenerationMoved):
                 await self._set(state, changed, by)
                 await self._catalog.converge()
@@ -262,6 +264,8 @@ class Changes:
         await self._catalog.control.retire(policy, label)
         await self._catalog.store.delete(entry)
         await self._catalog.control.touch(policy)
+        if state.document is not None and forgotten(state.document, label) is not None:
+            await self.amend(policy, None, lambda _, standing: forgotten(standing, label) or standing, "surefoot")
         await self._catalog.converge()
 
     async def _put(self, state: PolicyState, bundle: PolicyBundle, files: Mapping[str, bytes], by: str) -> bool:

@@ -15,7 +15,10 @@ from shadow.rollout_plan import RolloutPlan
 
 
 class Mark(Struct, frozen=True):
-    """What is remembered of a version that decides nothing: retired, or quarantined and why. digest: of its content."""
+    """What is remembered of a version that decides nothing: retired, withdrawn, or quarantined and why.
+
+    digest: of its content, where that matters.
+    """
 
     stage: Stage
     reason: str

@@ -156,13 +156,15 @@ def released(document: Document, version: str, reason: str) -> Document:
     )
 
 
-def redeployed(document: Document, wanted: Deployment, now_ms: int) -> Document:
+def redeployed(
+    document: Document, wanted: Deployment, now_ms: int, digest_of: Callable[[str], str] = lambda label: ""
+) -> Document:
     """Replace a deployment by hand. Raises MoveRefused for what a rollout under way depends on, and InvalidField for a
     version that is quarantined.
     """
     for label, at in wanted.deciding.items():
         mark = document.marks.get(label)
-        if mark is not None and mark.stage is Stage.QUARANTINED:
+        if mark is not None and mark.stage is Stage.QUARANTINED and digest_of(label) in ("", mark.digest):
             raise InvalidField(f"{label} is quarantined ({mark.reason}): release it first", at)
     standing, now = document.standing, document.deployment
     if standing is not None and standing.stage is Stage.CHAMPION and wanted.champion != now.champion:
@@ -175,6 +177,14 @@ def redeployed(document: Document, wanted: Deployment, now_ms: int) -> Document:
     if standing.version in now.shadows and standing.version not in wanted.shadows:
         raise MoveRefused(f"{standing.version} watches for its rollout: withdraw it first", "shadows")
     return replace(document, deployment=wanted)
+
+
+def forgotten(document: Document, version: str) -> Document | None:
+    """After a version was deleted: what is remembered of it goes, unless it is latched; None: there is nothing."""
+    mark = document.marks.get(version)
+    if mark is None or mark.stage is Stage.QUARANTINED:
+        return None
+    return replace(document, marks={label: each for label, each in document.marks.items() if label != version})
 
 
 def after_trips(document: Document, digest_of: Callable[[str], str], now_ms: int) -> Document | None:
@@ -253,7 +263,9 @@ def _with(document: Document, standing: Standing, digest: str = "") -> Document:
         marks.pop(standing.version, None)
         marks[deployment.champion] = Mark(Stage.RETIRED, f"{standing.version} replaced it", standing.since_ms)
         deployment = replace(deployment, champion=standing.version)
-    elif standing.stage is Stage.QUARANTINED:
+    elif standing.stage is Stage.REGISTERED:
+        marks[standing.version] = Mark(Stage.REGISTERED, standing.reason, standing.since_ms, digest)
+    else:  # quarantined
         marks[standing.version] = Mark(Stage.QUARANTINED, standing.reason, standing.since_ms, digest)
         if deployment.champion == standing.version:
             marks.pop(standing.champion, None)

@@ -178,11 +178,12 @@ class Rollouts:
         if standing.stage is not Stage.CANARY:
             return _Watch(of, stored.turn, None, True)
         now_ms = self._clock.event_ms()
-        since_ms = standing.since_ms if now_ms - standing.since_ms < SETTLE_MS else now_ms
+        again = now_ms - standing.since_ms >= SETTLE_MS and stored.kept is None
+        since_ms = now_ms if again else standing.since_ms
         low = stored.low or await self._store.beginning(now_ms - since_ms + SETTLE_MS)
         salt, units = salt_of(document, policy_digest(policy)), _units(document, standing)
         try:
-            trial = Trial(_dealt(document, standing), units, salt, stored.kept, stored.through, since_ms)
+            trial = Trial(_dealt(document, standing), units, salt, stored.kept, stored.through, since_ms, again=again)
         except ValueError as error:
             log.warning("rollout_measures_nothing", policy=policy, version=standing.version, reason=str(error))
             return _Watch(of, stored.turn, None, True, blind=str(error))

@@ -33,6 +33,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     since_ms: int  # units that began before take no part
     guards: dict[str, Difference]
     ratio: Ratio
+    place: int  # in α
     challengers: int = 0  # units in the tests
     champions: int = 0
     left_out: dict[str, int] = {}
@@ -75,12 +76,21 @@ class Trial:
     """The step under way, as one reader knows it."""
 
     def __init__(
-        self, standing: Standing, plan: Plan, salt: bytes, kept: Kept | None, known: Mapping[str, int], since_ms: int
+        self,
+        standing: Standing,
+        plan: Plan,
+        salt: bytes,
+        kept: Kept | None,
+        known: Mapping[str, int],
+        since_ms: int,
+        *,
+        again: bool = False,
     ) -> None:
         """Begin, or go on. plan: how units are valued. salt: of routing. known: units that are through, by name.
 
-        since_ms: units that began before take no part, where there is no `kept`. Raises ValueError where the step's
-        weight assigns no unit anew.
+        since_ms: units that began before take no part, where there is no `kept`. again: something may have been counted
+        before, and is lost: the test has another place in α, behind those of all steps that are planned. Raises
+        ValueError where the step's weight assigns no unit anew.
         """
         self.standing = standing
         self._alpha = standing.plan.budget
@@ -96,7 +106,8 @@ class Trial:
         )
         if kept is None:
             fresh: dict[str, Difference] = {each.measure: each.fresh(step.chance) for each in self._guards}
-            kept = Kept(since_ms=since_ms, guards=fresh, ratio=Ratio(step.chance))
+            place = standing.place + (len(standing.plan.steps) if again else 0)
+            kept = Kept(since_ms=since_ms, guards=fresh, ratio=Ratio(step.chance), place=place)
         self._kept = kept
         self.book = Book(plan, step, known=dict(known), begun_ms=kept.begun_ms, ripe_ms=kept.ripe_ms)
         self.book.left_out.update(kept.left_out)
@@ -128,7 +139,7 @@ class Trial:
 
     def readings(self) -> dict[str, Reading]:
         """What each guard's test says now."""
-        place = self.standing.place
+        place = self._kept.place
         return {
             guard.measure: guard.read(self._kept.guards[guard.measure], self._alpha, number, place)
             for number, guard in enumerate(self._guards)
@@ -163,7 +174,7 @@ class Trial:
 
     @property
     def _mismatched(self) -> bool:
-        return self._kept.ratio.mismatched(self._alpha.rollback(len(self._guards), self.standing.place))
+        return self._kept.ratio.mismatched(self._alpha.rollback(len(self._guards), self._kept.place))
 
     def _warnings(self, at_ms: int) -> list[str]:
         plan, kept, found = self.standing.plan, self._kept, []

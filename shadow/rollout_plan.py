@@ -61,7 +61,7 @@ class RolloutPlan(Struct, forbid_unknown_fields=True, frozen=True):
     hold_s: Seconds = 3_600.0  # a step lasts this long at least: less would not see a day's hours
     min_units: Annotated[int, Meta(ge=1)] = 30  # of the challenger, in each step
     max_duration_s: Seconds = 7 * 86_400.0  # of a step: then it waits for a person
-    unit_time_s: Annotated[float, Meta(gt=0)] = 600.0
+    unit_time_s: Annotated[float, Meta(gt=0, le=30 * 86_400)] = 600.0  # so long the stream is kept
     unit_decisions: Annotated[int, Meta(ge=1)] = 100
     alpha: Share = 0.01
     guards: dict[Measure, GuardPlan] = msgspec.field(default_factory=dict)

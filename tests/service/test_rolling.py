@@ -18,6 +18,7 @@ from service.rolling import (
     barred,
     begun,
     followed,
+    forgotten,
     made,
     next_version,
     paused,
@@ -149,7 +150,7 @@ def test_whoever_resumes_gives_a_step_its_longest_time_again() -> None:
 
 def test_a_withdrawn_version_keeps_no_episode_and_no_blame() -> None:
     at = made(rolled(Move.TRY), Move.WITHDRAW, "", NOW)
-    assert (stands(at), set(barred(at)), at.marks) == (("v1", [], []), {"v2"}, {})
+    assert (stands(at), set(barred(at)), at.marks["v2"].stage) == (("v1", [], []), {"v2"}, Stage.REGISTERED)
     deployed = redeployed(at, replace(at.deployment, challengers=[Challenger("v2", 0.1)]), NOW)
     assert barred(deployed) == frozenset(), "a person lets it decide again"
 
@@ -238,6 +239,23 @@ def test_the_range_of_returns_comes_from_the_plan_or_the_rewards_or_is_asked_for
         begun(replace(document(), rollout=None), "v2", "", "r", "", NOW)
 
 
+def test_what_is_remembered_of_a_deleted_version_goes_unless_it_is_latched() -> None:
+    retired, latched = rolled(Move.TRY, Move.PROMOTE), quarantined(document(), "v3", "d", "bad", NOW)
+    gone = forgotten(retired, "v1")
+    assert gone is not None
+    assert gone.marks == {}
+    assert forgotten(latched, "v3") is None
+    assert forgotten(latched, "v1") is None
+
+
+def test_other_content_under_a_quarantined_label_may_be_deployed_as_it_may_be_rolled_out() -> None:
+    at = quarantined(document(), "v3", "bad content", "bad", NOW)
+    wanted = replace(at.deployment, champion="v3")
+    assert redeployed(at, wanted, NOW, lambda label: "other content").deployment.champion == "v3"
+    with pytest.raises(InvalidField, match="quarantined"):
+        redeployed(at, wanted, NOW, lambda label: "bad content")
+
+
 @pytest.mark.parametrize(
     ("at", "pushed", "expected"),
     [
@@ -253,6 +271,11 @@ def test_the_range_of_returns_comes_from_the_plan_or_the_rewards_or_is_asked_for
         (made(rolled(Move.TRY), Move.WITHDRAW, "", NOW), {"v2": 2, "v0": 1}, None),
         (made(rolled(Move.TRY), Move.WITHDRAW, "", NOW), {"v2": 2, "v3": 3}, "v3"),
         (rolled(Move.TRY, Move.PROMOTE), {"v1": 1, "v2": 2, "v3": 3}, "v3"),
+        (
+            made(begun(made(rolled(), Move.WITHDRAW, "", NOW), "v3", "", "r2", "", NOW), Move.WITHDRAW, "", NOW),
+            {"v3": 2, "v2": 3},
+            None,
+        ),  # both were withdrawn
     ],
 )
 def test_the_version_that_was_pushed_last_begins_by_itself(

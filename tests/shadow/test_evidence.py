@@ -159,6 +159,17 @@ def test_a_weight_that_assigns_nobody_anew_is_refused() -> None:
         trial(standing=msgspec.structs.replace(STANDING, floor=0.5))
 
 
+def test_a_step_whose_evidence_was_lost_has_another_place_in_alpha() -> None:
+    first, again = trial(), Trial(STANDING, UNITS, b"salt", None, {}, 10_000, again=True)
+    assert (first.kept.place, again.kept.place) == (0, 1), "behind the plan's one step"
+    for each in (first, again):
+        for number in range(60):
+            each.add(outcome(number, 0.2 if number % 2 else 0.8))
+        each.settle(10**9)
+    assert again.readings()["return"].upper > first.readings()["return"].upper
+    assert trial(again.kept).readings() == again.readings(), "whoever goes on"
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=6), st.integers(0, 2**32 - 1))
 def test_going_on_elsewhere_counts_every_unit_once(cuts: list[int], seed: int) -> None:
