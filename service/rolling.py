@@ -269,7 +269,7 @@ def _with(document: Document, standing: Standing, digest: str = "") -> Document:
         marks[standing.version] = Mark(Stage.QUARANTINED, standing.reason, standing.since_ms, digest)
         if deployment.champion == standing.version:
             marks.pop(standing.champion, None)
-            deployment = replace(deployment, champion=standing.champion)
+            deployment = replace(_without(deployment, standing.champion), champion=standing.champion)
             spent = max(0.0, standing.plan.margin(standing.returns) - standing.margin)  # as before it was charged
     return replace(document, standing=standing, deployment=deployment, marks=marks, margin_spent=spent)
 

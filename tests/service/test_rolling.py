@@ -110,6 +110,9 @@ def test_back_from_the_top_brings_the_champion_before() -> None:
     at = made(rolled(Move.TRY, Move.PROMOTE), Move.QUARANTINE, "by hand", NOW, "digest")
     assert stands(at) == ("v1", [], [])
     assert set(at.marks) == {"v2"}
+    top = rolled(Move.TRY, Move.PROMOTE)
+    watched_by_it = redeployed(top, replace(top.deployment, shadows=["v1"]), NOW)
+    assert stands(made(watched_by_it, Move.QUARANTINE, "", NOW, "digest")) == ("v1", [], [])
 
 
 def test_a_version_whose_rollout_has_ended_is_latched_all_the_same() -> None:
