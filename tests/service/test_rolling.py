@@ -368,7 +368,7 @@ def watched(at: Document, label: str) -> Deployment:
         raise InvalidField(str(error), "shadows") from None
 
 
-@settings(max_examples=300)
+@settings(max_examples=600)
 @given(st.lists(ORDERS, max_size=30))
 def test_rollout_and_deployment_never_disagree(orders: list[tuple[str, Any]]) -> None:
     at, places = document(), set()
