@@ -27,7 +27,9 @@ class Shown:
 
     def __init__(self, url: str, arguments: list[str], fd: int, out: int, **environment: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SUREFOOT_", "COLUMNS"))}
-        command = [sys.executable, "-m", "service.cli", *arguments, "--url", url]
+        # What runs in the background of a shell ignores Ctrl-C, and so do its children unless somebody says otherwise.
+        listens = ["env", "--default-signal=INT"]
+        command = [*listens, sys.executable, "-m", "service.cli", *arguments, "--url", url]
         told = {"SUREFOOT_ADMIN_TOKEN": TOKEN, "TERM": "xterm", **environment}
         self.process = subprocess.Popen(
             command, env=kept | told, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE
