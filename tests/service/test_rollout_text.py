@@ -17,6 +17,7 @@ from service.columns import cells
 from service.rollout_evidence_text import interval
 from service.rollout_text import frame, ladder, summary
 from service.rollout_view import Guard, Plan, Standing, View, read_view
+from service.shadow_text import shadows_text
 from shadow.estimate import Estimates
 from shadow.rollout import Stage
 from shadow.rollout import Standing as Stands
@@ -343,3 +344,11 @@ def test_the_views_of_these_tests_are_the_services_own(part: Any, strict: Any) -
         assert set(part) == set(RolloutPlan.__struct_fields__) == set(Plan.__struct_fields__) == set(PLAN)
     if strict is Reading:
         assert Reading.__struct_fields__ == Guard.__struct_fields__
+
+
+def test_shadows_that_have_a_reason_say_it_and_others_do_not() -> None:
+    well = {"version": "v2", "status": "watching", "scored": 3, "latency_ms": {"p99": 0.5}}
+    ill = {"version": "v3", "status": "tripped", "reason": "five calls in a row"}
+    text = shadows_text({"policy": "p", "shadows": ["v2", "v3", "v4"], "here": [well, ill]})
+    assert [line.split()[0] for line in text.splitlines()] == ["shadow", "v2", "v3", "v3:", "v4:"]
+    assert shadows_text({"policy": "p", "here": []}) == "no version watches p"
