@@ -47,6 +47,8 @@ def test_the_services_rule_has_every_command_of_its_sources() -> None:
     assert set(in_scripts) >= {"GET", "XADD", "ZADD"}
     assert set(direct) >= {"SET", "EVALSHA", "MGET"}
     assert {*in_scripts, *direct} <= allowed("surefoot")
+    of_groups = {name.lower() for name in re.findall(r"""["']XGROUP["'], ?["']([A-Z]+)""", text)}
+    assert of_groups == {word.split("|")[1] for word in rules()["surefoot"] if word.startswith("+xgroup|")}
 
 
 def test_the_trainers_rule_has_every_command_of_its_sources() -> None:
