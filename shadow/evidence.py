@@ -109,6 +109,7 @@ class Trial:
             place = standing.place + (len(standing.plan.steps) if again else 0)
             kept = Kept(since_ms=since_ms, guards=fresh, ratio=Ratio(step.chance), place=place)
         self._kept = kept
+        self._readings: dict[str, Reading] | None = None  # of `_kept`, once somebody has asked
         self.book = Book(plan, step, known=dict(known), begun_ms=kept.begun_ms, ripe_ms=kept.ripe_ms)
         self.book.left_out.update(kept.left_out)
 
@@ -136,9 +137,16 @@ class Trial:
             begun_ms=max(known.begun_ms, now_ms),
             ripe_ms=max(known.ripe_ms, now_ms),
         )
+        if units:
+            self._readings = self._read()
 
     def readings(self) -> dict[str, Reading]:
-        """What each guard's test says now."""
+        """What each guard's test says now. Read once for all units there are: bounds take milliseconds."""
+        if self._readings is None:
+            self._readings = self._read()
+        return self._readings
+
+    def _read(self) -> dict[str, Reading]:
         place = self._kept.place
         return {
             guard.measure: guard.read(self._kept.guards[guard.measure], self._alpha, number, place)
