@@ -83,6 +83,7 @@ class Gaussian:
     std: Floats
     faulty: Bools
 
+    @property
     def distribution(self) -> Floats:
         """Means and deviations side by side, float64 [B, 2·D]: what is recorded."""
         return np.concatenate([self.mean, self.std], axis=1)

@@ -36,10 +36,13 @@ def uniforms(draw_key: bytes, decision_ids: Sequence[str], count: int = UNIFORMS
     """`count` uniforms in [0, 1) for each decision id, float64 [B, count], from the keyed hash."""
     size = 8 * (count if count == UNIFORMS else _BLOCK)
     blocks = range(-(-count // _BLOCK))
+    salts = [bytes([block]) for block in blocks]
     digests = b"".join(
-        blake2b(decision_id.encode(), digest_size=size, key=draw_key, person=_PERSON, salt=bytes([block])).digest()
-        for decision_id in decision_ids
-        for block in blocks
+        [
+            blake2b(decision_id.encode(), digest_size=size, key=draw_key, person=_PERSON, salt=salt).digest()
+            for decision_id in decision_ids
+            for salt in salts
+        ]
     )
     bits = np.frombuffer(digests, dtype="<u8").reshape(len(decision_ids), -1)[:, :count]
     return np.asarray((bits >> np.uint64(11)) * _SCALE, dtype=np.float64)
@@ -54,6 +57,9 @@ def draw(behaviour: Behaviour, u: Floats) -> Drawn:
     part = np.where(explored[:, None], behaviour.exploring, behaviour.own)
     rows = np.arange(len(part))
     actions = np.empty((len(part), len(behaviour.nvec)), dtype=np.int64)
+    if len(behaviour.nvec) == 1:
+        actions[:, 0] = invert(part, u[:, 1])
+        return Drawn(actions, explored, behaviour.probabilities[rows, actions[:, 0]])
     own, exploring = np.ones(len(part)), np.ones(len(part))
     for factor, where in enumerate(columns(behaviour.nvec)):
         actions[:, factor] = invert(part[:, where], u[:, 1 + factor])
@@ -67,6 +73,8 @@ def propose(wanted: Target, u: Floats) -> Ints:
     """What the version would have done without a mask, int64 [B, F]: the best action, or the same uniform through its
     own target.
     """
+    if len(wanted.nvec) == 1 and wanted.greedy:
+        return np.asarray(wanted.scores.argmax(axis=1)[:, None], dtype=np.int64)
     chosen = [
         wanted.scores[:, where].argmax(axis=1) if wanted.greedy else invert(wanted.scores[:, where], u[:, 1 + factor])
         for factor, where in enumerate(columns(wanted.nvec))

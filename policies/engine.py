@@ -34,6 +34,9 @@ Device = Literal["auto", "cpu", "cuda"]
 WARM_UP_CALLS = 8
 # Weight of the newest call in the moving average: 0.05 forgets a stall within some 50 calls.
 SMOOTHING = 0.05
+# One call counts as at most so many of what was predicted: longer ones were interrupted, which says nothing of the
+# network. One that has become slower for good is known for it within some 30 calls all the same.
+MOST_AT_ONCE = 4.0
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 # Between two tries to open a session on a device without memory.
 REOPEN_PAUSE_S = 1.0
@@ -141,7 +144,7 @@ class Engine:
         answer = self._watched(states, mask, memory, limit_s)
         took = self._monotonic_s() - started
         ratio = took / max(self._fixed_s + self._row_s * len(states), 1e-9)
-        self._scale += SMOOTHING * (ratio - self._scale)
+        self._scale += SMOOTHING * (min(ratio, MOST_AT_ONCE * self._scale) - self._scale)
         return answer
 
     def first_memory(self, rows: int) -> Memory:

@@ -16,6 +16,7 @@ Invariant: each factor of a row sums to one, and is zero outside M unless the ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -56,13 +57,12 @@ def behave(
     Rows where nothing can be computed or nothing is left put all mass on their fallback; the caller says why.
     """
     fallback = fallback.reshape(len(mask), -1)
-    own = _masked(target, mask)
+    own, some = _masked(target, mask)
     exploring, barred = exploring_part(mask, weights, target.nvec)
-    fallen = target.faulty.copy()
+    fallen = target.faulty | ~some
     parts = columns(target.nvec)
-    for part in parts:
-        fallen |= ~_normalise(own[:, part])
-        if frozen is not None:
+    if frozen is not None:
+        for part in parts:
             own[frozen, part] = _mode(own[frozen, part])
     if fallen.any():
         own[fallen] = 0.0
@@ -79,11 +79,19 @@ def exploring_part(mask: Bools, weights: Bools | Floats | None, nvec: tuple[int,
     """What exploring draws from, float64 [B, N]: in proportion to the weights within M, or uniform; and bool [B], rows
     of which they leave some factor nothing.
     """
-    exploring = np.asarray(mask if weights is None else weights * mask, dtype=np.float64)
     barred = np.zeros(len(mask), dtype=np.bool_)
+    if weights is None and mask.all():
+        return uniform(tuple(nvec)).repeat(len(mask), axis=0), barred
+    exploring = np.asarray(mask if weights is None else weights * mask, dtype=np.float64)
     for part in columns(nvec):
         barred |= ~_normalise(exploring[:, part])
     return exploring, barred
+
+
+@lru_cache
+def uniform(nvec: tuple[int, ...]) -> Floats:
+    """One row: U over all choices, factor by factor, float64 [1, N]."""
+    return np.concatenate([np.full(n, 1.0 / n) for n in nvec])[None]
 
 
 def _mode(own: Floats) -> Floats:
@@ -117,15 +125,23 @@ def softmax_weights(target: Target, mask: Bools, temperature: Floats) -> Floats:
     return weights
 
 
-def _masked(target: Target, mask: Bools) -> Floats:
-    if not target.greedy:
-        return target.scores * mask if target.logits is None or mask.all() else _softmax_within(target, mask)
-    own = np.zeros(mask.shape)
-    rows = np.arange(len(mask))
-    for part in columns(target.nvec):
-        best = part.start + np.where(mask[:, part], target.scores[:, part], -np.inf).argmax(axis=1)
-        own[rows, best] = mask[rows, best]  # an empty mask leaves no mass
-    return own
+def _masked(target: Target, mask: Bools) -> tuple[Floats, Bools]:
+    """π_M, float64 [B, N], and bool [B]: whether each factor has any mass."""
+    parts = columns(target.nvec)
+    if target.greedy:
+        own, rows = np.zeros(mask.shape), np.arange(len(mask))
+        some = np.ones(len(mask), dtype=np.bool_)
+        for part in parts:
+            best = part.start + np.where(mask[:, part], target.scores[:, part], -np.inf).argmax(axis=1)
+            left = mask[rows, best]
+            own[rows, best] = left  # an empty mask leaves no mass
+            some &= left
+        return own, some
+    own = target.scores * mask if target.logits is None or mask.all() else _softmax_within(target, mask)
+    some = np.ones(len(mask), dtype=np.bool_)
+    for part in parts:
+        some &= _normalise(own[:, part])
+    return own, some
 
 
 def _softmax_within(target: Target, mask: Bools) -> Floats:
@@ -140,7 +156,9 @@ def _softmax_within(target: Target, mask: Bools) -> Floats:
 
 def masked_mass(target: Target, mask: Bools) -> Floats:
     """Target mass that the mask took away, float64 [B]. A faulty row has none to lose."""
-    distribution = target.distribution()
+    if mask.all():
+        return np.zeros(len(mask))
+    distribution = target.distribution
     if len(target.nvec) == 1:
         return np.asarray((distribution * ~mask).sum(axis=1), dtype=np.float64)
     kept = np.ones(len(mask))

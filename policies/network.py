@@ -70,6 +70,8 @@ class Network:
         self._heads = len(self._outputs)
         self._outputs += [state.output for state in interface.recurrent]
         taken = {value.name: value.type for value in self.session.get_inputs()}
+        self._memory_size = interface.memory_size  # zero unless it is recurrent
+        self._memory_dtype = np.float64 if any(s.dtype == "float64" for s in interface.recurrent) else np.float32
         self._mask_dtype = {"tensor(bool)": np.bool_, "tensor(double)": np.float64}.get(
             taken.get(interface.mask or "", ""), np.float32
         )
@@ -89,8 +91,7 @@ class Network:
 
     def first_memory(self, rows: int) -> Memory:
         """What a recurrent network remembers of an episode that has not begun, [rows, memory_size]."""
-        doubles = any(state.dtype == "float64" for state in self.interface.recurrent)
-        return np.zeros((rows, self.interface.memory_size), dtype=np.float64 if doubles else np.float32)
+        return np.zeros((rows, self._memory_size), dtype=self._memory_dtype)
 
     def ask(
         self,
@@ -108,14 +109,14 @@ class Network:
         if memory is None:
             memory = self.first_memory(len(states))
         step = 1 if self.interface.one_by_one else LARGEST if self.buffers else max(1, len(states))
+        if len(states) <= step:
+            return self._part(states, mask, memory, call or new_call())
         parts = []
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             parts.append(
                 self._part(states[part], None if mask is None else mask[part], memory[part], call or new_call())
             )
-        if len(parts) == 1:
-            return parts[0]
         return np.concatenate([rows for rows, _ in parts]), np.concatenate([after for _, after in parts])
 
     def _part(

@@ -6,13 +6,24 @@ its weight only moves units to it, and the next challenger, whose label enters t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import cast
 
 from policies.deployment import RouteBy
 from policies.types import Role
 
 BUCKETS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The version that routing chose, its role, the routing weight it had at that time, and of which control state."""
+
+    version: str
+    role: Role
+    weight: float
+    generation: int = 0  # 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +36,15 @@ class Routes:
     weight: float = 0.0
     route_by: RouteBy | None = None
     generation: int = 0  # of the control state that says so
+    to_champion: Assignment = field(init=False)  # what is assigned is one of two values
+    to_challenger: Assignment | None = field(init=False, default=None)
 
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """The version that routing chose, its role, the routing weight it had at that time, and of which control state."""
-
-    version: str
-    role: Role
-    weight: float
-    generation: int = 0  # 0: not known
+    def __post_init__(self) -> None:
+        champion = Assignment(self.champion, "champion", 1.0 - self.weight, self.generation)
+        object.__setattr__(self, "to_champion", champion)
+        if self.challenger is not None:
+            challenger = Assignment(self.challenger, "challenger", self.weight, self.generation)
+            object.__setattr__(self, "to_challenger", challenger)
 
 
 def bucket(salt: bytes, challenger: str, unit: str) -> int:
@@ -52,5 +62,5 @@ def unit_of(route_by: RouteBy | None, key: str | None, episode: str | None, deci
 def assign(routes: Routes, unit: str) -> Assignment:
     """Assign a unit to a version."""
     if routes.challenger is not None and bucket(routes.salt, routes.challenger, unit) < routes.weight * BUCKETS:
-        return Assignment(routes.challenger, "challenger", routes.weight, routes.generation)
-    return Assignment(routes.champion, "champion", 1.0 - routes.weight, routes.generation)
+        return cast(Assignment, routes.to_challenger)
+    return routes.to_champion

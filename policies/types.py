@@ -200,9 +200,20 @@ class Choices:
         named = [self.names[f][int(choice)] for f, choice in enumerate(action)]
         return named if self.factors else named[0]
 
+    def labels(self, actions: Sequence[Sequence[int]]) -> list[str | list[str]]:
+        """Name actions of integers, as `label` does."""
+        if self.factors:
+            return [self.label(action) for action in actions]
+        (names,) = self.names
+        return [names[choice] for (choice,) in actions]
+
     def wire(self, action: Sequence[float]) -> WireAction:
         """Write an action as answers hold it: an index, or a list of them."""
         return [int(choice) for choice in action] if self.factors else int(action[0])
+
+    def wires(self, actions: Sequence[Sequence[int]]) -> list[WireAction]:
+        """Write actions of integers, as `wire` does."""
+        return [list(action) for action in actions] if self.factors else [choice for (choice,) in actions]
 
     def validate(self, action: Sequence[float]) -> bool:
         """Whether `action` is an action of this space."""
@@ -267,9 +278,17 @@ class Box:
     def label(self, action: Sequence[float]) -> None:
         """Give None: points have no names."""
 
+    def labels(self, actions: Sequence[Sequence[float]]) -> list[None]:
+        """Give None for each: points have no names."""
+        return [None] * len(actions)
+
     def wire(self, action: Sequence[float]) -> WireAction:
         """Write an action as answers hold it."""
         return [float(value) for value in action]
+
+    def wires(self, actions: Sequence[Sequence[float]]) -> list[WireAction]:
+        """Write actions as answers hold them."""
+        return [self.wire(action) for action in actions]
 
     def validate(self, action: Sequence[float]) -> bool:
         """Whether `action` is a point of this space."""
@@ -281,7 +300,7 @@ class Box:
 ActionSpec = Choices | Box
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """What a version's network says about B states over choices, before mask and exploration.
 
@@ -296,6 +315,7 @@ class Target:
     nvec: tuple[int, ...]
     logits: Floats | None = None  # where `scores` are their softmax: masks apply before it, so that no mass is lost
 
+    @cached_property
     def distribution(self) -> Floats:
         """The target distribution π by factor, float64 [B, N]; zeros in faulty rows."""
         if not self.greedy:

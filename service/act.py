@@ -61,6 +61,7 @@ class Decider:
         self._keyring = keyring
         self._clock = clock
         self._metrics = metrics
+        self._batch_rows = metrics.batch_rows.labels(plan.policy)
         self._inference = inference
         self._random = random
         self._arrivals = arrivals  # None: episodes are this worker's own
@@ -176,11 +177,9 @@ class Decider:
 
     def _route(self, plan: Plan, rows: Sequence[Row]) -> list[Group]:
         ids = self._keyring.mint(self._clock.event_ms(), plan.digest, self._random(RANDOM_BYTES * len(rows)))
+        assignments = [self._assign(plan, row, decision_id) for row, decision_id in zip(rows, ids, strict=True)]
         members: dict[str, list[int]] = {}
-        assignments = []
-        for index, row in enumerate(rows):
-            assignment = self._assign(plan, row, ids[index])
-            assignments.append(assignment)
+        for index, assignment in enumerate(assignments):
             members.setdefault(assignment.version, []).append(index)
         states = plan.observation.array([row.state for row in rows])
         return [
@@ -201,6 +200,8 @@ class Decider:
     def _assign(self, plan: Plan, row: Row, decision_id: str) -> Assignment:
         """Route a row; an episode stays with the version that it began on while that may decide."""
         if row.episode is None:
+            if plan.routes.challenger is None:
+                return plan.routes.to_champion
             return assign(plan.routes, unit_of(plan.routes.route_by, row.key, None, decision_id))
         pin = self.pins.get(row.episode)
         if pin is None or not plan.keeps(pin.version):
@@ -252,15 +253,25 @@ class Decider:
         return self._count(answers.outcomes)
 
     def _count(self, outcomes: list[Outcome]) -> list[Outcome]:
-        self._metrics.batch_rows.labels(self._policy).observe(len(outcomes))
+        self._batch_rows.observe(len(outcomes))
+        answered: dict[tuple[str, str], int] = {}
         for outcome in outcomes:
-            if isinstance(outcome, ActResponse):
-                self._metrics.version(outcome.policy, outcome.version).count(outcome)
-                for rule in outcome.safety.rules:
-                    self._metrics.overrides.labels(outcome.policy, rule).inc()
-                if outcome.safety.stand_in is not None:
-                    reason = outcome.safety.stand_in.partition(":")[0]
-                    self._metrics.stand_ins.labels(outcome.policy, reason).inc()
-            else:
+            if not isinstance(outcome, ActResponse):
                 self._metrics.refusals.labels(self._policy).inc()
+                continue
+            who = outcome.version, outcome.role
+            answered[who] = answered.get(who, 0) + 1
+            if outcome.explored or outcome.fallback is not None or outcome.safety.rules or outcome.safety.stand_in:
+                self._count_rare(outcome)
+        for (version, role), count in answered.items():
+            self._metrics.version(self._policy, version).decisions[role].inc(count)
         return outcomes
+
+    def _count_rare(self, outcome: ActResponse) -> None:
+        """Count what most answers have nothing of."""
+        self._metrics.version(outcome.policy, outcome.version).count_rare(outcome)
+        for rule in outcome.safety.rules:
+            self._metrics.overrides.labels(outcome.policy, rule).inc()
+        if outcome.safety.stand_in is not None:
+            reason = outcome.safety.stand_in.partition(":")[0]
+            self._metrics.stand_ins.labels(outcome.policy, reason).inc()

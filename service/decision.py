@@ -10,10 +10,13 @@ Promise: a reader of this schema version reads all later minor additions (new re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntFlag
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from policies.types import PropensityKind, WireAction
 
@@ -159,6 +162,14 @@ class RewardRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
 Event = DecisionEvent | RewardEvent | EpisodeEvent
 
+
+class Shared(NamedTuple):
+    """What the records of decisions have in common, encoded once: so many fields of `Record`, and their bytes."""
+
+    fields: int
+    body: bytes
+
+
 _encoder = msgspec.msgpack.Encoder()
 _record = msgspec.msgpack.Decoder(Record)
 _reward_record = msgspec.msgpack.Decoder(RewardRecord)
@@ -166,6 +177,9 @@ _events = msgspec.msgpack.Decoder(list[list[msgspec.Raw]])
 _text = msgspec.msgpack.Decoder(str)
 _scalar = msgspec.msgpack.Decoder(int | str)
 _KINDS: dict[str, type[Event]] = {"D": DecisionEvent, "R": RewardEvent, "E": EpisodeEvent}
+_DEFAULTS = {
+    field.name: field.default for field in msgspec.structs.fields(Record) if field.default is not msgspec.NODEFAULT
+}
 _DECISION = _encoder.encode("D")  # how a decision event ends
 
 
@@ -209,16 +223,17 @@ def _columns(event: Event) -> tuple[object, ...]:
 
 def _raw(value: bytes) -> msgspec.Raw:
     """Bytes as msgpack `str`, which need not be UTF-8 for Lua."""
-    size = len(value)
+    return msgspec.Raw(_str_head(len(value)) + value)
+
+
+def _str_head(size: int) -> bytes:
     if size < 32:
-        head = bytes([0xA0 | size])
-    elif size < 1 << 8:
-        head = b"\xd9" + size.to_bytes(1, "big")
-    elif size < 1 << 16:
-        head = b"\xda" + size.to_bytes(2, "big")
-    else:
-        head = b"\xdb" + size.to_bytes(4, "big")
-    return msgspec.Raw(head + value)
+        return bytes([0xA0 | size])
+    if size < 1 << 8:
+        return b"\xd9" + size.to_bytes(1, "big")
+    if size < 1 << 16:
+        return b"\xda" + size.to_bytes(2, "big")
+    return b"\xdb" + size.to_bytes(4, "big")
 
 
 def _bytes(raw: msgspec.Raw) -> bytes:
@@ -237,6 +252,47 @@ def _event(columns: list[msgspec.Raw]) -> Event:
 
 def encode_record(record: Record | RewardRecord) -> bytes:
     return _encoder.encode(record)
+
+
+def shared(fields: Mapping[str, object]) -> Shared:
+    """Encode fields of `Record` that many records have in common; those with their defaults are left out."""
+    return Shared(*_split({k: v for k, v in fields.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}))
+
+
+def encode_record_of(common: Shared, own: Mapping[str, object]) -> bytes:
+    """Encode a record whose fields are these and no others, as `encode_record` would but for their order."""
+    count, body = _split(own)
+    return b"\xde" + (common.fields + count).to_bytes(2, "big") + common.body + body
+
+
+def _split(fields: Mapping[str, object]) -> tuple[int, bytes]:
+    """The number of fields, and their msgpack without the map's head."""
+    return len(fields), _encoder.encode(fields)[1 if len(fields) < 16 else 3 :]
+
+
+def event_columns(
+    id: str, episode: str, step: int, due_ms: int, at_ms: int, action: str, state: msgspec.Raw, mask: msgspec.Raw,
+    record: bytes, log_propensity: str, flags: int,
+) -> tuple[object, ...]:  # fmt: skip
+    """A `DecisionEvent` as `encode_columns` takes it; state and mask by `raws`."""
+    return (id, episode, step, due_ms, at_ms, action, state, mask, _raw(record), log_propensity, flags, "D")
+
+
+def encode_columns(events: list[tuple[object, ...]]) -> bytes:
+    """As `encode_events`, of what `event_columns` gave."""
+    return _encoder.encode(events)
+
+
+def raws(rows: npt.NDArray[np.generic]) -> list[msgspec.Raw]:
+    """Each row of an array [B, …] as its bytes, little-endian as numpy has them here, as an event holds bytes."""
+    count = len(rows)
+    size = rows.nbytes // count
+    head = _str_head(size)
+    whole = np.empty((count, len(head) + size), dtype=np.uint8)
+    whole[:, : len(head)] = np.frombuffer(head, dtype=np.uint8)
+    whole[:, len(head) :] = np.ascontiguousarray(rows).view(np.uint8).reshape(count, size)
+    joined, stride = whole.tobytes(), len(head) + size
+    return [msgspec.Raw(joined[start : start + stride]) for start in range(0, count * stride, stride)]
 
 
 def decode_record(raw: bytes) -> Record:

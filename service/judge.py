@@ -77,7 +77,10 @@ class Judged:
 def judge(group: Group, safeguards: Safeguards, instead: str | None, past: Past | None = None) -> Judged:
     """Judge a group. instead: the version that answers where the group's own may not; None: the fallback does."""
     judged = _ruled(group, safeguards.ruling, past)
-    denied, reasons = _by_rules(judged)
+    lost = _without_mass(judged)
+    if lost is None and not (safeguards.halts or judged.constraint.instead or group.failure == "breaker_open"):
+        return judged
+    denied, reasons = _by_rules(judged, lost)
     count = len(group.rows)
     answers = combined(safeguards.halts).answers
     if answers == "fallback":
@@ -146,11 +149,14 @@ def _constraint(group: Group, said: Sequence[Pair], ruling: Ruling, *, joint: bo
     return combine(said, request_mask(group.masks, space.size), space, count, on_empty=on_empty, joint=joint)
 
 
-def _by_rules(judged: Judged) -> tuple[list[FallbackReason | None], list[str | None]]:
-    """Rows that rules take away from the version: to the fallback, or to the baseline, and why."""
+def _by_rules(judged: Judged, lost: Bools | None) -> tuple[list[FallbackReason | None], list[str | None]]:
+    """Rows that rules take away from the version: to the fallback, or to the baseline, and why.
+
+    lost: as `_without_mass` says.
+    """
     constraint = judged.constraint
     denied, reasons = list(judged.denied), list(judged.reasons)
-    for i in np.flatnonzero(_without_mass(judged)).tolist():
+    for i in [] if lost is None else np.flatnonzero(lost).tolist():
         if constraint.on_empty(i) == "baseline":
             reasons[i] = "no_mass_allowed"
     for i, answers in enumerate(constraint.instead):
@@ -162,8 +168,8 @@ def _by_rules(judged: Judged) -> tuple[list[FallbackReason | None], list[str | N
     return denied, reasons
 
 
-def _without_mass(judged: Judged) -> Bools:
-    """Rows whose target has no mass on what is left, bool [B]; a greedy one always has some."""
+def _without_mass(judged: Judged) -> Bools | None:
+    """Rows whose target has no mass on what is left, bool [B]; None: there are none. A greedy one always has some."""
     wanted, constraint = judged.target, judged.constraint
     if (
         not isinstance(wanted, Target)
@@ -171,11 +177,12 @@ def _without_mass(judged: Judged) -> Bools:
         or wanted.greedy
         or wanted.logits is not None
     ):
-        return np.zeros(len(judged.denied), dtype=np.bool_)
+        return None
     lost = np.zeros(len(judged.denied), dtype=np.bool_)
     for part in columns(wanted.nvec):
         lost |= ~((wanted.scores[:, part] * constraint.mask[:, part]).sum(axis=1) > 0.0)
-    return lost & ~wanted.faulty
+    lost &= ~wanted.faulty
+    return lost if lost.any() else None
 
 
 def _without(reason: str | None) -> FallbackReason | None:

@@ -1,9 +1,9 @@
-"""The ledger: events are appended here, committed by one writer thread, and held until they are shipped.
+"""The ledger: events are appended here, committed, and held until they are shipped.
 
 Duty: give out sequence numbers, bound what waits, tell the caller when an event is durable, and keep the lanes that the
 shipper reads. Knows nothing of Redis and of what is in a blob. Used from the event loop's thread alone.
-Strategy: an append is two queue operations; one thread writes, one reads back and tidies up; results come home
-through `call_soon_threadsafe`, one call for each commit.
+Strategy: an append is a commit, or two queue operations: one thread writes what is not committed at once. Another reads
+back and tidies up. Their results come home through `call_soon_threadsafe`, one call for each commit.
 Promise: once `committed` is done the events survive, by tier: the process's own life alone (`memory`); SIGKILL of it
 (`process`); power loss of this machine (`node`); the loss of this machine or of Redis's primary (`replicated`). If it
 fails they were not kept and their sequence numbers are given to others, but for `Unconfirmed`: kept as in `process`,
@@ -106,6 +106,9 @@ class Ledger:
         self._confirmations: dict[str, Confirmation] = {}  # by policy, in tier `replicated`
         self._held = Held()
         self._waiting: deque[tuple[Lane, int, asyncio.Future[None]]] = deque()
+        # What need not reach the disk itself is written where it is appended, for changing threads costs more than
+        # writing: the first row of a turn of the event loop. Others of the same turn share a commit in the thread.
+        self._inline = tier == "process"
         self._broken: str | None = None
         self._closed = False
         self._done: asyncio.Future[None] = self._loop.create_future()
@@ -164,6 +167,13 @@ class Ledger:
             lane.commit()
             self.on_commit(lane)
             return Appended(row.first_seq, self._done)
+        if self._inline and not self._waiting and self._writer.write_now(row):
+            self._inline = False
+            self._loop.call_soon(self._open_turn)
+            lane.commit()
+            self.on_commit(lane)
+            self._evict()
+            return Appended(row.first_seq, self._done)
         committed = self._loop.create_future()
         self._waiting.append((lane, row.end, committed))
         self._writer.put(row)
@@ -195,6 +205,12 @@ class Ledger:
             elif not committed.done():
                 committed.set_result(None)
             self.on_commit(lane)
+        self._evict()
+
+    def _open_turn(self) -> None:
+        self._inline = True
+
+    def _evict(self) -> None:
         while self._held.window > self._max_window_bytes:
             max(self._lanes.values(), key=lambda lane: len(lane.window)).evict()
 

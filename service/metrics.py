@@ -60,8 +60,7 @@ class VersionMetrics:
     duration: Histogram
     inference: Histogram
 
-    def count(self, answer: ActResponse) -> None:
-        self.decisions[answer.role].inc()
+    def count_rare(self, answer: ActResponse) -> None:
         if answer.explored:
             self.explored.inc()
         if answer.fallback is not None:

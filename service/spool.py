@@ -21,6 +21,8 @@ from service.slots import Slot
 from service.spool_file import Row, Span, SpoolFile, rebuild
 
 ROTATE_BYTES = 64 << 20  # design section 10; some 11,000 commits of one small decision each
+LOOKS = 64  # how often a file's size is looked at until it is full
+PAGES_OF_A_COMMIT = 8192  # about what SQLite writes besides the rows themselves
 KEEP_BYTES = 256 << 20
 KEEP_S = 120.0  # several times what a failover takes
 _NO_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
@@ -57,6 +59,8 @@ class Spool:
         self._lock = threading.Lock()  # held to replace `_files`, never during I/O
         self._files: tuple[SpoolFile, ...] = ()
         self._current: SpoolFile | None = None
+        self.full = False  # the current file is to be followed by another
+        self._unlooked = 0  # about how many bytes were written since somebody looked at its size
         self._next = 1
         self._lanes: dict[str, int] = {}
         self._gone = Damage()
@@ -92,18 +96,26 @@ class Spool:
 
     def write(self, rows: list[Row]) -> None:
         """Commit rows. Raises sqlite3.Error or OSError; then nothing of them is kept."""
-        if self._current is None:
+        if not self.ready:
             self.start_new_file()
         assert self._current is not None, "just started"
         self._current.write([(self._lanes.setdefault(row.policy, len(self._lanes)), row) for row in rows])
-        if self._current.size() >= self._rotate_bytes:
-            self.finish_file()
+        self._unlooked += PAGES_OF_A_COMMIT + sum(len(row.blob) for row in rows)
+        if self._unlooked >= self._rotate_bytes // LOOKS:
+            self._unlooked = 0
+            self.full = self._current.size() >= self._rotate_bytes
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next write goes to the current file: no other has to be made first, which takes a while."""
+        return self._current is not None and not self.full
 
     def start_new_file(self) -> None:
         """Write to a new file from now on. Raises sqlite3.Error or OSError when there is no room for one."""
         self.finish_file()
         file = SpoolFile.create(self.path / f"{self.epoch}-{self._next}.db", fsync=self._fsync)
         self._next += 1
+        self._unlooked, self.full = 0, False
         with self._lock:
             self._current = file
             self._files += (file,)

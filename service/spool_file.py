@@ -118,6 +118,18 @@ class SpoolFile:
         """Commit rows, each with its lane number, all or none. Raises sqlite3.Error."""
         writer = self._writer
         assert writer is not None, "a reopened file is not written"
+        if len(rows) == 1:  # a statement by itself is a transaction
+            writer.execute(_INSERT, _pack(*rows[0]))
+        else:
+            self._write_together(writer, rows)
+        spans = dict(self.spans)
+        for lane, row in rows:
+            old = spans.get(row.policy)
+            first, at_ms = (old.first, old.at_ms) if old else (row.first_seq, row.at_ms)
+            spans[row.policy] = Span(lane, first, row.end, at_ms)
+        self.spans = spans
+
+    def _write_together(self, writer: sqlite3.Connection, rows: list[tuple[int, Row]]) -> None:
         writer.execute("BEGIN")
         try:
             writer.executemany(_INSERT, [_pack(lane, row) for lane, row in rows])
@@ -126,12 +138,6 @@ class SpoolFile:
             with contextlib.suppress(sqlite3.Error):
                 writer.execute("ROLLBACK")
             raise
-        spans = dict(self.spans)
-        for lane, row in rows:
-            old = spans.get(row.policy)
-            first, at_ms = (old.first, old.at_ms) if old else (row.first_seq, row.at_ms)
-            spans[row.policy] = Span(lane, first, row.end, at_ms)
-        self.spans = spans
 
     def rows(self, policy: str, seq: int, stop: int) -> Generator[Row, None, None]:
         """Yield the intact rows that hold seqs from `seq` up to, not including, `stop`. Raises sqlite3.Error."""

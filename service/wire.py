@@ -224,6 +224,7 @@ class Problem(Struct, frozen=True, omit_defaults=True):
 
 
 _encoder = msgspec.json.Encoder()
+_packer = msgspec.msgpack.Encoder()
 _act = msgspec.json.Decoder(ActRequest)
 _act_fields = msgspec.json.Decoder(ActFields)
 _act_batch = msgspec.json.Decoder(ActBatchRequest)
@@ -232,6 +233,8 @@ _reward = msgspec.json.Decoder(RewardRequest)
 _reward_batch = msgspec.json.Decoder(RewardBatchRequest)
 
 T = TypeVar("T")
+One = TypeVar("One", bound=ActFields)
+Many = TypeVar("Many", bound=ActBatchFields)
 
 _PATH = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>[^`]*)`")
@@ -282,25 +285,46 @@ def _not_finite(value: Any, path: str) -> Iterator[str]:
             yield from _not_finite(element, f"{path}[{index}]")
 
 
+def _recordable(request: One) -> One:
+    """Refuse a context that no record can hold: JSON's integers have no end, msgpack's have 64 bits."""
+    if request.context is not None:
+        _check_numbers(request.context, "context")
+    return request
+
+
+def _all_recordable(request: Many) -> Many:
+    for index, context in enumerate(request.contexts or ()):
+        if context is not None:
+            _check_numbers(context, f"contexts[{index}]")
+    return request
+
+
+def _check_numbers(context: Context, field: str) -> None:
+    try:
+        _packer.encode(context)
+    except OverflowError:
+        raise InvalidField("an integer in it is below -2^63 or above 2^64 - 1: send it as a text", field) from None
+
+
 def decode(body: bytes, kind: type[T]) -> T:
     """Decode a body that comes seldom. Raises what the hot routes' decoders raise, naming the field."""
     return _decode(msgspec.json.Decoder(kind), body)
 
 
 def decode_act(body: bytes) -> ActRequest:
-    return _decode(_act, body)
+    return _recordable(_decode(_act, body))
 
 
 def decode_act_fields(body: bytes) -> ActFields:
-    return _decode(_act_fields, body)
+    return _recordable(_decode(_act_fields, body))
 
 
 def decode_act_batch(body: bytes) -> ActBatchRequest:
-    return _decode(_act_batch, body)
+    return _all_recordable(_decode(_act_batch, body))
 
 
 def decode_act_batch_fields(body: bytes) -> ActBatchFields:
-    return _decode(_act_batch_fields, body)
+    return _all_recordable(_decode(_act_batch_fields, body))
 
 
 def decode_reward(body: bytes) -> RewardRequest:

@@ -1,19 +1,23 @@
-"""The one thread that writes to the spool: drains a queue, one commit for all that it finds there.
+"""Writing to the spool: one thread drains a queue, one commit for all that it finds there.
 
 Duty: group commits, notice a disk that is full or broken, and try again until it is not. Knows nothing of lanes,
 futures or shipping; it reports through three callbacks, called in this thread.
-Strategy: after a failure every row in the queue is dropped, because the ledger gives their seqs out again; only what is
-put behind `resume` is written. Low disk is refused before SQLite meets it, so that the reserve is left for shipping; a
-little before that `scarce` says so, for those who must not rely on the next commit.
+Strategy: a row alone may be committed by whoever brings it (`write_now`), which spares two changes of threads; what
+takes longer (files to begin and to close, disks that are slow) is left to the thread. After a failure every row in the
+queue is dropped, because the ledger gives their seqs out again; only what is put behind `resume` is written. Low disk
+is refused before SQLite meets it, so that the reserve is left for shipping; a little before that `scarce` says so, for
+those who must not rely on the next commit.
 Promise: `on_commit(n)` means that the n oldest rows are committed, in order; after `on_failure` none of the waiting
 rows will be.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 from queue import Empty, SimpleQueue
@@ -24,6 +28,9 @@ from service.spool_file import Row
 # One commit holds at most this much, so that its first row does not wait for a flood behind it.
 MAX_COMMIT_ROWS = 1024
 MAX_COMMIT_BYTES = 4 << 20
+# A commit takes some 30 µs. One that took so long has waited for the disk, and others behind it will.
+SLOW_S = 0.002
+ASIDE_S = 1.0
 # Above the reserve: 16 of the largest commits, so that low disk is known before one is refused.
 SCARCE_BYTES = 64 << 20
 
@@ -31,6 +38,7 @@ SCARCE_BYTES = 64 << 20
 class _Signal(Enum):
     RESUME = 1
     STOP = 2
+    FINISH = 3
 
 
 class Writer:
@@ -43,6 +51,7 @@ class Writer:
         on_commit: Callable[[int], None],
         on_failure: Callable[[str], None],
         on_recovery: Callable[[], None],
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spool = spool
         self._min_free_bytes = min_free_bytes
@@ -54,6 +63,8 @@ class Writer:
         self._failed = False  # rows are dropped until RESUME
         self._probing = False  # the spool has not been writable since the failure
         self._stopping = False
+        self._monotonic_s = monotonic_s
+        self._aside_until_s = -math.inf  # the disk has made a caller wait: until then only the thread writes
         self.commits = 0
         self.scarce = False  # little more than the reserve was free at the last commit
         self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
@@ -61,6 +72,26 @@ class Writer:
 
     def put(self, row: Row) -> None:
         self._queue.put(row)
+
+    def write_now(self, row: Row) -> bool:
+        """Commit a row in the caller's thread, if that is sure to be quick. Gives whether it was committed.
+
+        To be called only while nothing that was put waits for its commit: the thread is idle then.
+        """
+        now_s = self._monotonic_s()
+        if self._failed or now_s < self._aside_until_s or not self._spool.ready:
+            return False
+        try:
+            self._check_disk()
+            self._spool.write([row])
+        except Exception:  # nothing was kept: the thread meets it again, and knows what to do
+            return False
+        self.commits += 1
+        if self._spool.full:
+            self._queue.put(_Signal.FINISH)
+        if self._monotonic_s() - now_s > SLOW_S:
+            self._aside_until_s = now_s + ASIDE_S
+        return True
 
     def resume(self) -> None:
         """Write what is put from now on. To be called once after each `on_recovery`."""
@@ -102,6 +133,8 @@ class Writer:
     def _obey(self, signal: _Signal) -> None:
         if signal is _Signal.RESUME:
             self._failed = False
+        elif signal is _Signal.FINISH:
+            self._finish_full()
         else:
             self._stopping = True
 
@@ -115,6 +148,12 @@ class Writer:
             return
         self.commits += 1
         self._on_commit(len(rows))
+        self._finish_full()
+
+    def _finish_full(self) -> None:
+        """Close a file that is full; the next row makes another."""
+        if self._spool.full:
+            self._spool.finish_file()
 
     def _probe(self) -> None:
         """Write to a fresh file: the one that failed may hold half of something."""

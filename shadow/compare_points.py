@@ -36,7 +36,7 @@ def compare_points(
     kinds = log_propensity_at(mine, logged.actions)[1]
     nothing = np.full(len(u), np.nan)
     return Compared(
-        target=wanted.distribution(),
+        target=wanted.distribution,
         log_probability=log_probability,
         kinds=kinds,
         proposed=acts,

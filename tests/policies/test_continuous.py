@@ -178,4 +178,4 @@ def test_the_proposal_is_the_own_draw_and_masked_mass_what_the_rules_cut_off(hea
 
 def test_distribution_holds_means_and_deviations() -> None:
     wanted = gaussian(np.array([[1.0, 2.0, 0.0, 0.0]], np.float32), "gaussian")
-    assert wanted.distribution().tolist() == [[1.0, 2.0, 1.0, 1.0]]
+    assert wanted.distribution.tolist() == [[1.0, 2.0, 1.0, 1.0]]

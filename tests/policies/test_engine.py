@@ -88,6 +88,14 @@ def test_predictions_follow_what_calls_take() -> None:
     assert engine.predicted_s(1) == pytest.approx(0.004, rel=0.01)
 
 
+def test_a_call_that_was_interrupted_says_little_of_the_network() -> None:
+    clock = StepClock(0.00001)
+    engine = Engine(read_bundle(identity_files()), monotonic_s=clock)
+    clock.step = 0.05  # another program had the core
+    engine.run(np.zeros((1, 2), dtype=np.float32))
+    assert engine.predicted_s(1) < 0.00002
+
+
 def test_a_graph_that_onnx_runtime_cannot_load_is_refused() -> None:
     proto = linear([[1, 0], [0, 1]])
     proto.graph.node[0].op_type = "NoSuchOperator"

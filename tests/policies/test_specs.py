@@ -66,7 +66,7 @@ def test_an_action_space_has_as_many_names_as_actions() -> None:
 
 def test_a_target_distribution_puts_a_greedy_row_on_its_best_action_and_a_faulty_row_nowhere() -> None:
     greedy = Target(np.array([[1.0, 2.0], [0.0, 0.0]]), greedy=True, faulty=np.array([False, True]), nvec=(2,))
-    assert greedy.distribution().tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    assert greedy.distribution.tolist() == [[0.0, 1.0], [0.0, 0.0]]
 
 
 def test_errors_of_a_batch_say_which_element() -> None:

@@ -312,7 +312,7 @@ def points(
         continuous.behave(true, transform, (low, high), said * epsilon, noise * sigma, fallback), rng.random((count, 3))
     )
     return Points(
-        target=recorded.distribution(),
+        target=recorded.distribution,
         boxes=np.stack([low, high], axis=1),
         sigmas=np.tile(noise, (count, 1)),
         raw_actions=drawn.raw,

@@ -57,9 +57,7 @@ def test_the_distributions_over_choices(
     wanted = target(Q, "q_values", temperature)
     weights = None if by_value is None else softmax_weights(wanted, MASK, np.array([by_value]))
     behaviour = behave(wanted, MASK, np.array([0.05]), HOLD, weights)
-    for at, values in enumerate(
-        (wanted.distribution(), behaviour.own, behaviour.exploring, behaviour.probabilities), 1
-    ):
+    for at, values in enumerate((wanted.distribution, behaviour.own, behaviour.exploring, behaviour.probabilities), 1):
         assert numbers(cells, at) == column(values)
 
 

@@ -179,7 +179,7 @@ def test_a_group_splits_into_what_its_version_answers_and_what_the_baseline_must
     async def work() -> None:
         with decider(plan(swap(), baseline="v0")) as (pipeline, _, _):
             (group,) = await pipeline.infer([Row(state=[0.0, 1.0]), Row(state=[1.0, 0.0])])
-            judged = replace(judge(group, Safeguards(), "v0"), reasons=[None, "a_rule"])
+            judged = replace(judge(group, Safeguards(), "v0"), instead="v0", reasons=[None, "a_rule"])
             kept, handed = hand_rows_over(group, judged)
             assert (kept.index, handed.index, handed.stand_in) == ([0], [1], ["a_rule"])
             assert (kept.version.bundle.version, handed.version.bundle.version) == ("v1", "v0")

@@ -10,10 +10,12 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -444,3 +446,129 @@ async def left_behind(data_dir: Path, blobs: list[bytes]) -> Slot:
             await ledger.append_nowait("p", 1, blob, 7).committed
         assert ledger._slot is not None
         return ledger._slot
+
+
+# In the caller's thread
+
+
+class SlowDisk:
+    """Makes every write to the spool take longer than a caller should wait."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        assert ledger._spool is not None
+        self._write = ledger._spool.write
+        self.threads: list[str] = []
+        self.clock_s = 0.0
+        self.takes_s = 0.0
+        ledger._spool.write = self.write  # type: ignore[method-assign]
+        ledger._writer._monotonic_s = lambda: self.clock_s
+
+    def write(self, rows: Any) -> None:
+        self.threads.append(threading.current_thread().name)
+        self.clock_s += self.takes_s
+        self._write(rows)
+
+
+def test_a_row_alone_is_committed_by_whoever_brings_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path) as ledger:
+            disk = SlowDisk(ledger)
+            for number in range(10):  # the first goes to the thread, which makes the file
+                appended = ledger.append_nowait("p", 1, b"%d" % number, 10 + number)
+                assert appended.committed.done() == (number > 0)
+                await appended.committed
+                await asyncio.sleep(0)  # the next turn of the event loop
+            assert disk.threads == ["spool-writer", *["MainThread"] * 9]
+            assert ledger.statistics().commits == 10
+
+    asyncio.run(scenario())
+    assert blobs_on_disk(tmp_path) == [(number + 1, b"%d" % number) for number in range(10)]
+
+
+def test_a_slow_disk_holds_up_one_caller_and_then_only_the_thread(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path) as ledger:
+            disk = SlowDisk(ledger)
+            await ledger.append_nowait("p", 1, b"file", 10).committed
+            disk.takes_s = 0.01
+            for _ in range(3):
+                await ledger.append_nowait("p", 1, b"x", 11).committed
+                await asyncio.sleep(0)
+            assert disk.threads[1:] == ["MainThread", "spool-writer", "spool-writer"]
+            disk.takes_s, disk.clock_s = 0.0, disk.clock_s + 2.0
+            await ledger.append_nowait("p", 1, b"y", 12).committed
+            assert disk.threads[4:] == ["MainThread"], "it is tried again after a while"
+
+    asyncio.run(scenario())
+    assert len(blobs_on_disk(tmp_path)) == 5
+
+
+def test_nothing_overtakes_a_row_that_waits_for_the_thread(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path) as ledger:
+            disk = SlowDisk(ledger)
+            both = [ledger.append_nowait("p", 1, name, 10) for name in (b"a", b"b")]  # no file has been made yet
+            assert not any(each.committed.done() for each in both)
+            await asyncio.gather(*(each.committed for each in both))
+            assert "MainThread" not in disk.threads
+
+    asyncio.run(scenario())
+    assert blobs_on_disk(tmp_path) == [(1, b"a"), (2, b"b")]
+
+
+def test_a_full_file_is_closed_and_followed_by_another_in_the_thread(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path, rotate_bytes=1) as ledger:
+            disk = SlowDisk(ledger)
+            for number in range(4):
+                await ledger.append_nowait("p", 1, b"x", 10 + number).committed
+            assert disk.threads == ["spool-writer"] * 4
+            assert ledger.statistics().files == 4
+
+    asyncio.run(scenario())
+    assert len(blobs_on_disk(tmp_path)) == 4
+
+
+def test_of_many_rows_in_one_turn_the_first_is_written_there_and_the_others_together(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path) as ledger:
+            await ledger.append_nowait("p", 1, b"file", 10).committed
+            disk = SlowDisk(ledger)
+            several = [ledger.append_nowait("p", 1, b"x", 11).committed for _ in range(50)]
+            assert [each.done() for each in several] == [True, *[False] * 49]
+            await asyncio.gather(*several)
+            assert disk.threads[0] == "MainThread"
+            assert set(disk.threads[1:]) == {"spool-writer"}
+            assert len(disk.threads) < 30
+
+    asyncio.run(scenario())
+    assert [seq for seq, _ in blobs_on_disk(tmp_path)] == list(range(1, 52))
+
+
+def test_what_must_reach_the_disk_itself_is_the_threads(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path, tier="node") as ledger:
+            disk = SlowDisk(ledger)
+            for _ in range(3):
+                await ledger.append_nowait("p", 1, b"x", 10).committed
+            assert disk.threads == ["spool-writer"] * 3
+
+    asyncio.run(scenario())
+
+
+def test_a_commit_that_fails_in_the_callers_thread_breaks_the_ledger_as_in_the_other(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_ledger(tmp_path) as ledger:
+            await ledger.append_nowait("p", 1, b"file", 10).committed
+            spool, good = ledger._spool, ledger._spool.write  # type: ignore[union-attr]
+            spool.write = Mock(side_effect=OSError("the disk is gone"))  # type: ignore[method-assign, union-attr]
+            with pytest.raises(LedgerBroken, match="the disk is gone"):
+                await ledger.append_nowait("p", 1, b"lost", 11).committed
+            spool.write = good  # type: ignore[method-assign, union-attr]
+            await until(lambda: ledger.accepting)
+            appended = ledger.append_nowait("p", 1, b"again", 12)
+            assert appended.first_seq == 2
+            await appended.committed
+
+    asyncio.run(scenario())
+    assert blobs_on_disk(tmp_path) == [(1, b"file"), (2, b"again")]

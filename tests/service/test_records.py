@@ -15,14 +15,20 @@ from policies.route import Assignment
 from service.decision import (
     DecisionEvent,
     Event,
+    Record,
     RewardEvent,
     RewardFlags,
     RewardRecord,
     decode_events,
     decode_record,
     decode_reward_record,
+    encode_columns,
     encode_events,
     encode_record,
+    encode_record_of,
+    event_columns,
+    raws,
+    shared,
 )
 from service.history import describe
 from service.metrics import Metrics
@@ -52,6 +58,47 @@ def test_reward_records_come_back() -> None:
     record = RewardRecord(metrics={"a": 1.0})
     assert decode_reward_record(encode_record(record)) == record
     assert RewardFlags.TERMINATED | RewardFlags.NOT_EXECUTED == 9
+
+
+SOME: dict[str, object] = {
+    "policy": "p", "assigned_version": "v1", "version": "v1", "digest": "d", "role": "champion", "generation": 3,
+    "dtype": "<f4", "shape": (2,), "head": "q_values", "outputs_dtype": "<f4", "outputs": b"1", "target": b"2",
+    "behaviour": b"3", "epsilon": 0.5, "explored": False, "proposed": 1, "action_name": "a", "propensity": 0.25,
+    "key_id": 1,
+}  # fmt: skip
+RARE = st.fixed_dictionaries(
+    {},
+    optional={
+        "rules": st.lists(st.text(max_size=3), max_size=3).map(tuple), "weight": st.sampled_from([0.5, 1.0]),
+        "key": st.none() | st.text(max_size=40), "context": st.none() | st.dictionaries(st.text(), whole),
+        "switched": st.booleans(), "price": st.floats(0.0, 1.0), "window": st.text(max_size=3), "slow": st.booleans(),
+        "stand_in": st.none() | st.text(max_size=3), "masked_mass": st.floats(0.0, 1.0), "frozen": st.booleans(),
+    },
+)  # fmt: skip
+
+
+@given(RARE, st.data())
+def test_a_record_in_two_parts_is_the_record(rare: dict[str, object], data: st.DataObject) -> None:
+    fields = SOME | rare
+    common = data.draw(st.sets(st.sampled_from(sorted(fields))), label="in common")
+    parts = [{k: v for k, v in fields.items() if (k in common) == wanted} for wanted in (True, False)]
+    assert decode_record(encode_record_of(shared(parts[0]), parts[1])) == Record(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 8, 8), (2, 40_000)])
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "|b1"])
+def test_rows_of_an_array_stand_in_an_event_as_their_bytes(shape: tuple[int, ...], dtype: str) -> None:
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    columns = [
+        event_columns("i", "", -1, 9, 1, "0", state, mask, b"r", "", 0)
+        for state, mask in zip(raws(array), raws(array[::-1]), strict=True)
+    ]
+    expected = [
+        DecisionEvent("i", "", -1, 9, 1, "0", one.tobytes(), other.tobytes(), b"r")
+        for one, other in zip(array, array[::-1], strict=True)
+    ]
+    assert decode_events(encode_columns(columns)) == expected
+    assert encode_columns(columns) == encode_events(list(expected))
 
 
 NAN = version(METRICS, "v1", logarithm(), golden_states=[[1.0, 1.0]], golden_outputs=[[0.0, 0.0]])
@@ -124,3 +171,13 @@ def test_states_are_recorded_little_endian_in_the_specs_dtype() -> None:
             assert (record.dtype, state.tolist()) == ("<f4", [1.5, 2.5])
 
     asyncio.run(work())
+
+
+def test_a_trace_stands_in_the_record() -> None:
+    async def work() -> str | None:
+        with decider(plan({"v1": NAN})) as (pipeline, ledger, _):
+            await pipeline.decide([Row([1.0, 1.0], traceparent="00-ab-cd-01")])
+            (event,) = recorded(ledger)
+            return decode_record(event.record).traceparent
+
+    assert asyncio.run(work()) == "00-ab-cd-01"

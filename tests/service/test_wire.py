@@ -186,3 +186,18 @@ def test_every_fault_of_a_safety_file_is_told_with_its_place() -> None:
     ]
     assert [each.line for each in problem(SafetyError("one", "name")).errors] == [None]
     assert problem(SafetyError("none")).errors == []
+
+
+@pytest.mark.parametrize("number", [-(2**63) - 1, 2**64, 10**400])
+def test_an_integer_that_no_record_can_hold_is_refused_by_its_field(number: int) -> None:
+    with pytest.raises(InvalidField, match="64") as caught:
+        wire.decode_act(b'{"state": [0.0], "context": {"deep": [{"n": %d}]}}' % number)
+    assert caught.value.field == "context"
+    with pytest.raises(InvalidField) as caught:
+        wire.decode_act_batch(b'{"states": [[0.0], [1.0]], "contexts": [null, {"n": %d}]}' % number)
+    assert caught.value.field == "contexts[1]"
+
+
+def test_integers_of_64_bits_come_through() -> None:
+    found = wire.decode_act(b'{"state": [0.0], "context": {"low": %d, "high": %d}}' % (-(2**63), 2**64 - 1))
+    assert found.context == {"low": -(2**63), "high": 2**64 - 1}
