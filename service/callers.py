@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from policies.errors import Forbidden, TooMany, Unauthorized
 from service.audit_log import Who
-from service.body import header
+from service.body import Head, header
 from service.clock import Clock
 from service.metrics import Metrics
 from service.roles import OPENABLE, Permission, Role, grants
@@ -84,11 +84,11 @@ class Callers:
             each.id: Caller(each.id, each.owner, each.role, frozenset(each.policies)) for each in self._table.values()
         }
 
-    def hot(self, scope: Mapping[str, Any], permission: Permission) -> Caller:
+    def hot(self, head: Head, permission: Permission) -> Caller:
         """Let in a call that has no rate. Raises Unauthorized, Forbidden or TooMany."""
         if self._open:
             return ANYONE
-        caller = self._identify(scope)
+        caller = self._identify(head.headers.get(b"authorization"), head.client)
         if not grants(caller.role, permission):
             self._refused.labels("forbidden").inc()
             raise _not_granted(caller, permission)
@@ -104,7 +104,7 @@ class Callers:
         where, now_s = address_of(scope), self._clock.monotonic_s()
         address = bucket_of(where)
         try:
-            caller = self._identify(scope)
+            caller = self._identify(header(scope, b"authorization"), scope.get("client"))  # type: ignore[arg-type]
         except Unauthorized:
             self._limit(f"no:{address}", now_s)
             raise
@@ -126,14 +126,13 @@ class Callers:
             self._refused.labels("forbidden").inc()
             raise
 
-    def _identify(self, scope: Mapping[str, Any]) -> Caller:
-        given = header(scope, b"authorization")  # type: ignore[arg-type]
+    def _identify(self, given: bytes | None, client: tuple[str, int] | None) -> Caller:
         if given is None:
             self._refused.labels("missing").inc()
             raise Unauthorized("send a token as `Authorization: Bearer …`")
         token = recognise(self._table, given.removeprefix(b"Bearer "), self._clock.event_ms())
         if token is None or (token.role in self._weak and token.id == token.role):
-            self._hold_off_guessing(bucket_of(address_of(scope)), guessed=token is None)
+            self._hold_off_guessing(bucket_of(_address(client)), guessed=token is None)
         if token is None:
             self._refused.labels("wrong").inc()
             raise Unauthorized(
@@ -161,7 +160,10 @@ class Callers:
 
 def address_of(scope: Mapping[str, Any]) -> str:
     """Where a request came from: the peer of the connection. What a proxy says of others is not believed."""
-    client = scope.get("client")
+    return _address(scope.get("client"))
+
+
+def _address(client: tuple[str, int] | None) -> str:
     return str(client[0]) if client else ""
 
 

@@ -2,21 +2,29 @@
 
 Duty: gather rows of one policy into batches and hand each to the pipeline. It knows nothing of what a row is.
 Strategy: a batch is cut two turns of the event loop after its first row came (no timer: a lone row waits for nothing;
-two turns instead of one fill batches more than twice as full under load). While a network runs off the loop, the next
-batch fills. Batches are cut at 20 ms of predicted inference, and at `max_batch` rows.
-Promise: every row submitted gets its outcome.
+two turns instead of one fill batches more than twice as full under load). Each batch is one task, each part of it one
+call when it is decided: nothing is made for a row. While a network runs off the loop, the next batch fills. Batches are
+cut at 20 ms of predicted inference, and at `max_batch` rows.
+Promise: every row that was put gets its outcome.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import structlog
 
 from service.act import Decider
 from service.plan import Outcome, Row
 
 CUT_S = 0.020
+
+Done = Callable[[Sequence[Outcome] | BaseException], None]  # told the outcomes in order, or what the pipeline raised
+Part = tuple[Sequence[Row], Done]
+
+log = structlog.get_logger(__name__)
 
 
 class Coalescer:
@@ -25,7 +33,7 @@ class Coalescer:
     def __init__(self, decider: Decider, max_batch: int) -> None:
         self.decider = decider
         self._max_batch = max_batch
-        self._waiting: deque[tuple[Sequence[Row], asyncio.Future[list[Outcome]]]] = deque()
+        self._waiting: deque[Part] = deque()
         self._scheduled = False
         self._inferring = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -36,12 +44,25 @@ class Coalescer:
         plan = self.decider.plan
         return min(self._max_batch, plan.versions[plan.routes.champion].engine.rows_within(CUT_S))
 
-    def submit(self, rows: Sequence[Row]) -> asyncio.Future[list[Outcome]]:
-        """Queue rows to be decided in one batch, at most `limit` of them. Gives their outcomes in order."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Outcome]] = loop.create_future()
-        self._waiting.append((rows, future))
-        self._schedule(loop)
+    def put(self, rows: Sequence[Row], done: Done) -> None:
+        """Queue rows to be decided in one batch, at most `limit` of them."""
+        self._waiting.append((rows, done))
+        if not (self._scheduled or self._inferring):
+            self._schedule()
+
+    def submit(self, rows: Sequence[Row]) -> asyncio.Future[Sequence[Outcome]]:
+        """Queue rows as `put` does. Gives their outcomes in order."""
+        future: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
+
+        def done(outcomes: Sequence[Outcome] | BaseException) -> None:
+            if future.done():  # a caller who left
+                return
+            if isinstance(outcomes, BaseException):
+                future.set_exception(outcomes)
+            else:
+                future.set_result(outcomes)
+
+        self.put(rows, done)
         return future
 
     async def decide(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -54,50 +75,57 @@ class Coalescer:
         return {"waiting": sum(len(rows) for rows, _ in self._waiting), "running": len(self._tasks)}
 
     async def aclose(self) -> None:
-        """Wait until every row that was submitted has its outcome."""
+        """Wait until every row that was put has its outcome."""
         while self._waiting or self._tasks:
             await asyncio.gather(*self._tasks) if self._tasks else await asyncio.sleep(0)
 
-    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not (self._scheduled or self._inferring):
-            self._scheduled = True
-            loop.call_soon(loop.call_soon, self._flush)
+    def _schedule(self) -> None:
+        self._scheduled = True
+        asyncio.get_running_loop().call_soon(self._begin)
 
-    def _flush(self) -> None:
-        self._scheduled = False
-        if not self._waiting:
-            return
-        batch: list[Sequence[Row]] = []
-        futures: list[asyncio.Future[list[Outcome]]] = []
-        count, limit = 0, self.limit
-        while self._waiting and (not batch or count + len(self._waiting[0][0]) <= limit):
-            rows, future = self._waiting.popleft()
-            batch.append(rows)
-            futures.append(future)
-            count += len(rows)
-        self._inferring = True
-        task = asyncio.get_running_loop().create_task(self._run(batch, futures))
-        self._tasks.add(task)
+    def _begin(self) -> None:
+        """Start a batch, which is cut when its task begins: one turn later."""
+        task = asyncio.get_running_loop().create_task(self._run())
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, batch: list[Sequence[Row]], futures: list[asyncio.Future[list[Outcome]]]) -> None:
+    def _cut(self) -> list[Part]:
+        waiting, limit = self._waiting, self.limit
+        self._scheduled = False
+        batch = [waiting.popleft()]
+        count = len(batch[0][0])
+        while waiting and (count := count + len(waiting[0][0])) <= limit:
+            batch.append(waiting.popleft())
+        return batch
+
+    async def _run(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._inferring = True
+        batch = self._cut()
         try:
             try:
-                groups = await self.decider.infer([row for rows in batch for row in rows])
+                groups = await self.decider.infer([row for rows, _ in batch for row in rows])
             finally:
                 self._inferring = False
                 if self._waiting:
-                    self._schedule(asyncio.get_running_loop())
+                    self._schedule()
             outcomes = await self.decider.settle(groups)
         except BaseException as error:
-            for future in futures:
-                if not future.done():
-                    future.set_exception(error)
+            for _, done in batch:
+                _tell(done, error)
             if not isinstance(error, Exception):
                 raise
             return
         start = 0
-        for rows, future in zip(batch, futures, strict=True):
-            if not future.done():  # a caller who left
-                future.set_result(outcomes[start : start + len(rows)])
-            start += len(rows)
+        for rows, done in batch:
+            end = start + len(rows)
+            _tell(done, outcomes[start:end])
+            start = end
+
+
+def _tell(done: Done, outcomes: Sequence[Outcome] | BaseException) -> None:
+    try:
+        done(outcomes)
+    except Exception:  # one caller's trouble is not the others'
+        log.exception("answer_failed")

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple, get_args
 
 from policies.errors import InvalidField, MissingField
 from service import packed, wire
-from service.body import Scope, header
+from service.body import Head
 from service.states import Dtype, State, StateReader, States, Tensor, expect_count
 from service.wire import ActBatchFields, ActFields
 
@@ -35,11 +35,8 @@ _LENGTH = re.compile(rb"\d{1,18}")
 _MSGPACK = frozenset([MSGPACK, b"application/vnd.msgpack", b"application/x-msgpack"])
 
 
-class Asked(NamedTuple):
-    """A question for one action, and how its state is read."""
-
-    fields: ActFields
-    state: Callable[[StateReader], State]
+# A question for one action: what it says beside its state, how the state is read, and of what.
+Asked = tuple[ActFields, Callable[[StateReader, Any], State], Any]
 
 
 class AskedBatch(NamedTuple):
@@ -52,21 +49,21 @@ class AskedBatch(NamedTuple):
 class Form(NamedTuple):
     """How bodies of one media type are read. Raises what `wire.decode_act` raises, and BadMsgpack."""
 
-    act: Callable[[Scope, bytes], Asked]
-    act_batch: Callable[[Scope, bytes], AskedBatch]
+    act: Callable[[Head, bytes], Asked]
+    act_batch: Callable[[Head, bytes], AskedBatch]
 
 
-def form_of(scope: Scope) -> Form:
+def form_of(head: Head) -> Form:
     """The form that a request's head announces. What is no other is taken for JSON, as from `curl -d`."""
-    sent = header(scope, b"content-type")
+    sent = head.headers.get(b"content-type")
     if sent is None:
         return _JSON
     return _FORMS.get(sent) or _FORMS.get(sent.split(b";", 1)[0].strip().lower(), _JSON)
 
 
-def wants_msgpack(scope: Scope) -> bool:
+def wants_msgpack(head: Head) -> bool:
     """Whether a request's `Accept` prefers an answer in msgpack to one in JSON. `*/*` and silence mean JSON."""
-    sent = header(scope, b"accept")
+    sent = head.headers.get(b"accept")
     if sent is None or b"msgpack" not in sent:
         return False
     wanted = {name: quality for each in sent.lower().split(b",") for name, quality in [_preference(each)]}
@@ -88,12 +85,12 @@ def _preference(text: bytes) -> tuple[bytes, float]:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _json_act(_: Scope, body: bytes) -> Asked:
+def _json_act(_: Head, body: bytes) -> Asked:
     request = wire.decode_act(body)
-    return Asked(request, lambda reader: reader.read(request.state))
+    return request, StateReader.read, request.state
 
 
-def _json_batch(_: Scope, body: bytes) -> AskedBatch:
+def _json_batch(_: Head, body: bytes) -> AskedBatch:
     request = wire.decode_act_batch(body)
 
     def states(reader: StateReader, limit: int) -> States:
@@ -106,12 +103,12 @@ def _json_batch(_: Scope, body: bytes) -> AskedBatch:
 # -- msgpack ----------------------------------------------------------------------------------------------------------
 
 
-def _packed_act(_: Scope, body: bytes) -> Asked:
+def _packed_act(_: Head, body: bytes) -> Asked:
     request = packed.decode_act(body)
-    return Asked(request, lambda reader: reader.read_packed(request.state))
+    return request, StateReader.read_packed, request.state
 
 
-def _packed_batch(_: Scope, body: bytes) -> AskedBatch:
+def _packed_batch(_: Head, body: bytes) -> AskedBatch:
     request = packed.decode_act_batch(body)
     return AskedBatch(request, lambda reader, limit: reader.read_packed_rows(request.states, "states", limit))
 
@@ -119,30 +116,33 @@ def _packed_batch(_: Scope, body: bytes) -> AskedBatch:
 # -- raw --------------------------------------------------------------------------------------------------------------
 
 
-def _raw_act(scope: Scope, body: bytes) -> Asked:
-    part, tensor = _split(scope, body)
-    fields = wire.decode_act_fields(part)
-    return Asked(fields, lambda reader: reader.array(tensor, "state", SHAPE))
+def _raw_act(head: Head, body: bytes) -> Asked:
+    part, tensor = _split(head, body)
+    return wire.decode_act_fields(part), _raw_state, tensor
 
 
-def _raw_batch(scope: Scope, body: bytes) -> AskedBatch:
-    part, tensor = _split(scope, body)
+def _raw_state(reader: StateReader, tensor: Tensor) -> State:
+    return reader.array(tensor, "state", SHAPE)
+
+
+def _raw_batch(head: Head, body: bytes) -> AskedBatch:
+    part, tensor = _split(head, body)
     fields = wire.decode_act_batch_fields(part)
     return AskedBatch(fields, lambda reader, limit: reader.rows(tensor, "states", limit, SHAPE))
 
 
-def _split(scope: Scope, body: bytes) -> tuple[bytes, Tensor]:
+def _split(head: Head, body: bytes) -> tuple[bytes, Tensor]:
     """The JSON in front, `{}` where there is none, and the array behind it."""
-    sent = header(scope, JSON_LENGTH.lower().encode()) or b"0"
+    sent = head.headers.get(JSON_LENGTH.lower().encode()) or b"0"
     if not _LENGTH.fullmatch(sent) or (length := int(sent)) > len(body):
         detail = f"the length of the JSON in front must be a whole number, {len(body)} (that of the body) at most"
         raise InvalidField(detail, JSON_LENGTH)
-    shape = tuple(map(int, _needed(scope, SHAPE, _SHAPE, "whole numbers with commas between, as 84,84,4").split(b",")))
-    return body[:length] or b"{}", Tensor(_dtype(scope), shape, memoryview(body)[length:])
+    shape = tuple(map(int, _needed(head, SHAPE, _SHAPE, "whole numbers with commas between, as 84,84,4").split(b",")))
+    return body[:length] or b"{}", Tensor(_dtype(head), shape, memoryview(body)[length:])
 
 
-def _dtype(scope: Scope) -> Dtype:
-    sent = header(scope, DTYPE.lower().encode())
+def _dtype(head: Head) -> Dtype:
+    sent = head.headers.get(DTYPE.lower().encode())
     for dtype in get_args(Dtype):
         if sent == dtype.encode():
             return dtype  # type: ignore[no-any-return]
@@ -150,8 +150,8 @@ def _dtype(scope: Scope) -> Dtype:
     raise (MissingField if sent is None else InvalidField)(detail, DTYPE)
 
 
-def _needed(scope: Scope, name: str, pattern: re.Pattern[bytes], what: str) -> bytes:
-    sent = header(scope, name.lower().encode())
+def _needed(head: Head, name: str, pattern: re.Pattern[bytes], what: str) -> bytes:
+    sent = head.headers.get(name.lower().encode())
     if sent is None:
         raise MissingField(f"raw numbers need this header: {what}", name)
     if not pattern.fullmatch(sent):

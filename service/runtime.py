@@ -36,7 +36,7 @@ from service.estimate_plans import plans
 from service.estimating import Estimating
 from service.gate import Gate
 from service.guarding import Guarding
-from service.hot import HotRoutes, Served
+from service.hot import HotRoutes
 from service.idempotency import Idempotency
 from service.ids import Keyring
 from service.keys import obtain_keyring
@@ -45,6 +45,7 @@ from service.leases import Leases
 from service.ledger import Ledger
 from service.loading import Loading
 from service.metrics import Metrics
+from service.questions import Served
 from service.redis_store import RedisStore
 from service.redis_streams import JoinConfig, RedisStreams, connect
 from service.rehearsal import Rehearsal

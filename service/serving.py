@@ -22,7 +22,6 @@ from service.breakers import Breakers
 from service.clock import Clock
 from service.coalesce import Coalescer
 from service.guarding import Guarding
-from service.hot import Served
 from service.ids import Keyring, policy_digest
 from service.inference import Inference
 from service.ledger import Ledger
@@ -30,6 +29,7 @@ from service.memory import Memories
 from service.memory_store import MemoryStore
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan
+from service.questions import Served
 from service.redis_streams import JoinConfig, RedisStreams
 from service.reward_events import Rewarded
 from service.rolling import barred, salt_of

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from service.plan import Row
@@ -43,12 +44,10 @@ class Tracing:
         return cls(provider)
 
     @staticmethod
-    def parent(scope: dict[str, Any]) -> str | None:
+    def parent(headers: Mapping[bytes, bytes]) -> str | None:
         """The caller's W3C traceparent, if it sent a well-formed one."""
-        for name, value in scope["headers"]:
-            if name == b"traceparent":
-                return str(value.decode()) if _TRACEPARENT.match(value) else None
-        return None
+        value = headers.get(b"traceparent")
+        return None if value is None or not _TRACEPARENT.match(value) else value.decode()
 
     def decision(self, answer: ActResponse, row: Row, took_s: float) -> Headers:
         """Record a decision that took `took_s` and has just been made. Gives the headers to answer with."""

@@ -24,7 +24,7 @@ from service.app import App
 from service.door import Door
 from service.logs import configure_logs
 from service.settings import Settings, load_settings
-from service.slow_heads import watching
+from service.short_way import answering
 from service.team import Team
 
 # Longer than what load balancers keep idle connections open (60 s is common), so that they close first.
@@ -104,7 +104,7 @@ def _serve(settings: Settings, listener: socket.socket, parent: int, redis_url: 
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=watching(settings.body_timeout_s),
+        http=answering(lambda: app.runtime, settings.body_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -21,10 +21,11 @@ from policies.engine import Engine
 from service.absence import Absence
 from service.callers import Callers
 from service.coalesce import Coalescer
-from service.hot import HotRoutes, Served
+from service.hot import HotRoutes
 from service.ledger import Ledger
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Plan
+from service.questions import Served
 from service.states import StateReader
 from service.tracing import Tracing
 from tests.policies.networks import flattened_files
@@ -89,8 +90,8 @@ class Desk:
 
 
 @contextmanager
-def desk(in_force: Plan) -> Iterator[Desk]:
-    """Hot routes around a pipeline. Needs a running event loop."""
+def desk(in_force: Plan, client: str | None = None) -> Iterator[Desk]:
+    """Hot routes around a pipeline. Needs a running event loop. client: the token that callers need."""
     with decider(in_force, METRICS) as (pipeline, ledger, clock):
         served = Served(
             "toy",
@@ -100,7 +101,7 @@ def desk(in_force: Plan) -> Iterator[Desk]:
             Coalescer(pipeline, MAX_BATCH),
         )
         never = cast(Any, None)  # rewards and idempotency are not asked for
-        callers = Callers(None, "an-admin-token", clock, METRICS, rate=1.0, failures_per_minute=1.0)
+        callers = Callers(client, "an-admin-token", clock, METRICS, rate=1.0, failures_per_minute=100.0)
         routes = HotRoutes(
             {"toy": served},
             Absence({}, lambda: True),

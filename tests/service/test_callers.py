@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from policies.errors import Forbidden, SurefootError, TooMany, Unauthorized
+from service.body import Head
 from service.callers import ANYONE, Callers
 from service.clock import ManualClock
 from service.metrics import Metrics
@@ -26,6 +27,10 @@ def token(text: str = STRONG, **fields: Any) -> Token:
 def scope(text: str | None, address: str = "10.0.0.1") -> dict[str, Any]:
     headers = [] if text is None else [(b"authorization", b"Bearer " + text.encode())]
     return {"headers": headers, "client": (address, 5)}
+
+
+def head(text: str | None, address: str = "10.0.0.1") -> Head:
+    return Head.of({**scope(text, address), "path": "/act"})
 
 
 def callers(clock: ManualClock, client: str | None = "client", admin: str = "admin", rate: float = 5.0) -> Callers:
@@ -57,22 +62,22 @@ def test_documents_follow_each_other() -> None:
 
 def test_a_caller_is_let_in_by_a_token_that_grants_it() -> None:
     door = callers(ManualClock())
-    assert door.hot(scope("client"), "act").role == "client"
-    assert door.hot(scope("admin"), "act").role == "admin"
+    assert door.hot(head("client"), "act").role == "client"
+    assert door.hot(head("admin"), "act").role == "admin"
     for text in (None, "", "wrong", "Bearer client"):
         with pytest.raises(Unauthorized):
-            door.hot(scope(text, "10.9.9.9"), "act")
+            door.hot(head(text, "10.9.9.9"), "act")
     door.publish([token(role="viewer")])
     with pytest.raises(Forbidden):
-        door.hot(scope(STRONG), "act")
+        door.hot(head(STRONG), "act")
     door.publish([])
     with pytest.raises(Unauthorized):
-        door.hot(scope(STRONG), "act")
+        door.hot(head(STRONG), "act")
 
 
 def test_without_a_client_token_clients_need_none_and_admins_do() -> None:
     door = callers(ManualClock(), client=None)
-    assert door.hot(scope(None), "reward") is ANYONE
+    assert door.hot(head(None), "reward") is ANYONE
     assert door.identify(scope("whatever"), "metrics") is ANYONE
     for permission in ("read", "audit", "tokens", None):
         with pytest.raises(Unauthorized):
@@ -80,7 +85,7 @@ def test_without_a_client_token_clients_need_none_and_admins_do() -> None:
 
 
 def test_the_same_text_for_both_settings_is_the_admin_s() -> None:
-    assert callers(ManualClock(), client="same", admin="same").hot(scope("same"), "act").role == "admin"
+    assert callers(ManualClock(), client="same", admin="same").hot(head("same"), "act").role == "admin"
 
 
 def test_a_stored_token_never_takes_the_place_of_a_setting_s() -> None:
@@ -134,7 +139,7 @@ def test_hot_routes_slow_guesses_down_as_well() -> None:
     found = []
     for _ in range(5):
         with pytest.raises((Unauthorized, TooMany)) as refused:
-            door.hot(scope("guess"), "act")
+            door.hot(head("guess"), "act")
         found.append(refused.value.status)
     assert found == [401] * 3 + [429] * 2
 
