@@ -1,0 +1,115 @@
+"""When a batch is cut: with what came in two turns, and once the one before is far enough."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service import coalesce
+from service.coalesce import Coalescer
+from service.ledger import Appended, Ledger
+from service.metrics import Metrics
+from service.plan import Outcome
+from service.wire import ActResponse
+from tests.policies.networks import linear
+from tests.service.pipelines import decider, plan, recorded, rows, version
+
+V1 = version(Metrics(CollectorRegistry()), "v1", linear([[1, 0], [0, 1]]))
+
+
+class Disk:
+    """A ledger whose commits wait for the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.commits: list[tuple[int, asyncio.Future[None]]] = []
+        append = Ledger.append_nowait
+
+        def pending(ledger: Ledger, policy: str, count: int, blob: bytes, at_ms: int) -> Appended:
+            first = append(ledger, policy, count, blob, at_ms).first_seq
+            committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.commits.append((count, committed))
+            return Appended(first, committed)
+
+        monkeypatch.setattr(Ledger, "append_nowait", pending)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [count for count, _ in self.commits]
+
+    async def until(self, batches: int) -> None:
+        async with asyncio.timeout(10.0):
+            while len(self.commits) < batches:
+                await asyncio.sleep(0)
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_rows_wait_for_a_quick_commit_and_share_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        disk = Disk(monkeypatch)
+        with decider(plan({"v1": V1})) as (pipeline, ledger, _):
+            coalescer = Coalescer(pipeline, max_batch=8)
+            told: list[Sequence[Outcome] | BaseException] = []
+            coalescer.put(rows([0.0, 1.0]), told.append)
+            await disk.until(1)
+            for _ in range(10):
+                coalescer.put(rows([0.0, 1.0]), told.append)
+                await turns()
+            assert disk.sizes == [1]
+            disk.commits[0][1].set_result(None)
+            await disk.until(2)
+            assert disk.sizes == [1, 8]
+            disk.commits[1][1].set_result(None)
+            await disk.until(3)
+            assert disk.sizes == [1, 8, 2]
+            disk.commits[2][1].set_result(None)
+            await coalescer.aclose()
+            answers = [each for outcomes in told if not isinstance(outcomes, BaseException) for each in outcomes]
+            assert [each.decision_id for each in answers if isinstance(each, ActResponse)] == [
+                event.id for event in recorded(ledger)
+            ]
+            assert len(answers) == 11
+
+    asyncio.run(work())
+
+
+def test_what_takes_long_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coalesce, "QUICK_S", 0.0)
+
+    async def work() -> None:
+        disk = Disk(monkeypatch)
+        with decider(plan({"v1": V1})) as (pipeline, *_):
+            coalescer = Coalescer(pipeline, max_batch=8)
+            first = coalescer.submit(rows([0.0, 1.0]))
+            await disk.until(1)
+            disk.commits[0][1].set_result(None)
+            await first
+            for batch in (2, 3, 4):
+                coalescer.submit(rows([0.0, 1.0]))
+                await disk.until(batch)
+            assert coalescer.statistics() == {"waiting": 0, "running": 3}
+            for _, committed in disk.commits[1:]:
+                committed.set_result(None)
+            await coalescer.aclose()
+            assert coalescer.statistics() == {"waiting": 0, "running": 0}
+
+    asyncio.run(work())
+
+
+def test_who_cannot_be_told_does_not_keep_others_from_being_told() -> None:
+    def gone(_: object) -> None:
+        raise RuntimeError("gone")
+
+    async def work() -> None:
+        with decider(plan({"v1": V1})) as (pipeline, *_):
+            coalescer = Coalescer(pipeline, max_batch=8)
+            coalescer.put(rows([0.0, 1.0]), gone)
+            assert len(await coalescer.submit(rows([0.0, 1.0], [1.0, 0.0]))) == 2
+
+    asyncio.run(work())
