@@ -18,7 +18,7 @@ from safety.facts import Boxed, Facts
 
 if TYPE_CHECKING:
     from safety.condition import Condition
-    from safety.expression import Views
+    from safety.views import Views
 
 Bounds = tuple[Sequence[float], Sequence[float]] | None  # low and high that a caller allows; None: all
 
@@ -61,16 +61,15 @@ class BoundsEvaluator:
         shape = len(facts.states), len(self._low)
         if self._when is None:
             return Boxed(self._name, np.broadcast_to(self._low, shape), np.broadcast_to(self._high, shape))
-        bits = self._when.bits(facts)
-        if not any(bits):
+        holds = self._when.holds(facts)
+        if holds is None:
             return None
-        holds = self._when.array(bits)
         return Boxed(self._name, np.where(holds, self._low, -np.inf), np.where(holds, self._high, np.inf))
 
 
 def _compiled(when: str, observation: ObservationSpec, views: Views | None) -> Condition:
     from safety.condition import row_condition  # imports CEL, which takes a while and few policies need
-    from safety.expression import Views
+    from safety.views import Views
 
     return row_condition(when, observation, views or Views(observation))
 

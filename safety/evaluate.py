@@ -37,7 +37,7 @@ from safety.step import step_evaluator
 from safety.support import SupportEvaluator
 
 if TYPE_CHECKING:
-    from safety.expression import Views
+    from safety.views import Views
 
 ELSEWHERE = (Rate, Cooldown, Cost)
 
@@ -128,8 +128,8 @@ def evaluator(rule: Rule, action: ActionSpec, observation: ObservationSpec, view
 
 
 def _forbid(rule: Forbid, action: ActionSpec, observation: ObservationSpec, views: Views | None) -> Evaluator:
-    from safety.expression import Views  # imports CEL, which takes a while and few policies need
-    from safety.forbid import ForbidEvaluator
+    from safety.forbid import ForbidEvaluator  # imports CEL, which takes a while and few policies need
+    from safety.views import Views
 
     return ForbidEvaluator(rule, action, observation, views or Views(observation))
 
@@ -138,7 +138,7 @@ def _views(rules: Sequence[Rule], observation: ObservationSpec) -> Views | None:
     """Views that the rules share, where any is an expression."""
     if not any(isinstance(rule, Forbid | Bounds) and rule.when is not None for rule in rules):
         return None
-    from safety.expression import Views
+    from safety.views import Views
 
     return Views(observation)
 

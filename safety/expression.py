@@ -16,11 +16,9 @@ from typing import Final
 
 import cel
 import numpy as np
-import numpy.typing as npt
 
 from policies.errors import SafetyError
 from policies.types import ObservationSpec
-from safety.facts import Facts
 from safety.tokens import MACROS, Token, Use, functions, macros, tokenize, uses
 
 MOST_CHARACTERS: Final = 4_096
@@ -127,6 +125,15 @@ def denies(compiled: Program, view: View) -> bool:
         return True
 
 
+def worth(compiled: Program, view: View) -> object:
+    """What an expression says; None, too, where it fails."""
+    try:
+        return compiled.execute(view)
+    except BaseException as error:
+        let_through(error)
+        return None
+
+
 def complaint(compiled: Program, view: View) -> str | None:
     """What is wrong with an expression whatever the values: it mixes types, or does not say true or false."""
     try:
@@ -144,68 +151,6 @@ def probe(observation: ObservationSpec) -> View:
     state = 1.0 + np.modf(0.6180339887 * np.arange(1, observation.size + 1))[0]
     numbers = state.reshape(observation.shape).tolist()
     return cel.Context({"state": dict(zip(observation.names, numbers, strict=True)) if observation.names else numbers})
-
-
-class Views:
-    """Rows as programs see them, converted once for all rules that share the views."""
-
-    def __init__(self, observation: ObservationSpec) -> None:
-        self._observation = observation
-        self._shared = Needs()
-        self._last: tuple[Facts, list[View | None]] | None = None
-
-    def want(self, needs: Needs) -> None:
-        """Show this too. For the time when rules are built."""
-        self._shared |= needs
-        self._last = None
-
-    def of(self, facts: Facts, needs: Needs) -> list[View | None]:
-        """One view for each row, with at least what is needed.
-
-        None where a row cannot be shown: a number is not finite, a context too large. What another rule needs does not
-        count: such a row gets a view of its own.
-        """
-        last = self._last
-        if last is None or last[0] is not facts:
-            last = self._last = facts, build(facts, self._observation, self._shared)
-        views = last[1]
-        if None not in views or needs == self._shared:
-            return views
-        own = build(facts, self._observation, needs)
-        return [one if view is None else view for view, one in zip(views, own, strict=True)]
-
-
-def build(facts: Facts, observation: ObservationSpec, needs: Needs) -> list[View | None]:
-    """Show rows to programs; None where a row cannot be shown."""
-    states, finite = _states(facts.states, observation, needs.state)
-    return [
-        _view(state, context, needs) if good else None
-        for state, good, context in zip(states, finite, facts.contexts, strict=True)
-    ]
-
-
-def _states(
-    states: npt.NDArray[np.floating], observation: ObservationSpec, wanted: frozenset[str] | None
-) -> tuple[list[object], list[bool]]:
-    """States as the library takes them, and whether what is wanted of them is finite."""
-    if wanted == frozenset():
-        return [None] * len(states), [True] * len(states)
-    names = observation.names if wanted is None else tuple(name for name in observation.names if name in wanted)
-    if names and wanted is not None:
-        states = states[:, [observation.names.index(name) for name in names]]
-    finite = np.isfinite(states).all(axis=tuple(range(1, states.ndim))).tolist()
-    rows = states.tolist()
-    return [dict(zip(names, row, strict=True)) for row in rows] if names else rows, finite
-
-
-def _view(state: object, context: Mapping[str, object] | None, needs: Needs) -> View | None:
-    variables: dict[str, object] = {} if needs.state == frozenset() else {"state": state}
-    if needs.context != frozenset():
-        shown = narrowed(context, needs.context)
-        if not modest(shown):
-            return None
-        variables["context"] = shown
-    return view_of(variables)
 
 
 def view_of(variables: dict[str, object]) -> View | None:

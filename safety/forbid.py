@@ -12,11 +12,13 @@ import numpy as np
 
 from policies.errors import SafetyError
 from policies.types import ActionSpec, Bools, Box, ObservationSpec, columns
-from safety.condition import MOST_CELLS, Condition, Domain
-from safety.expression import Text, Views, read
+from safety.condition import Condition
+from safety.cut import MOST_CELLS, Domain
+from safety.expression import Text, read
 from safety.factor import named_factor
 from safety.facts import Boxed, Facts, Masked, MaskedJointly, Verdict
 from safety.rules import Forbid
+from safety.views import Views
 
 
 class ForbidEvaluator:
@@ -36,10 +38,8 @@ class ForbidEvaluator:
         return len(self._domain.factors) > 1
 
     def judge(self, facts: Facts) -> Verdict | None:
-        bits = self._condition.bits(facts)
-        if not any(bits):
-            return None
-        return self._verdict(self._condition.array(bits))
+        forbidden = self._condition.holds(facts)
+        return None if forbidden is None else self._verdict(forbidden)
 
     def _verdict(self, forbidden: Bools) -> Verdict:
         """forbidden: bool [B, cells]."""
@@ -48,6 +48,8 @@ class ForbidEvaluator:
             return Boxed(self._name, -high, high)
         if self.joint:
             return MaskedJointly(self._name, ~forbidden)
+        if forbidden.shape[1] == self._space.size:
+            return Masked(self._name, ~forbidden)
         allowed = np.ones((len(forbidden), self._space.size), dtype=np.bool_)
         factors = self._domain.factors
         part = columns(self._space.nvec)[factors[0]] if factors else slice(None)

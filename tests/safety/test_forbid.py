@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from policies.errors import SafetyError
 from policies.types import ActionSpec, Box, Choices, Feature, ObservationSpec
 from safety.evaluate import evaluator
-from safety.expression import NOTHING, Program, Views, denies, program
+from safety.expression import NOTHING, Program, denies, program
 from safety.facts import Boxed, Masked, MaskedJointly, Verdict
 from safety.forbid import ForbidEvaluator
 from safety.recheck import Recheck, rows_of
 from safety.rules import Forbid
 from safety.tokens import split, tokenize, unwrap
+from safety.views import Views
 from tests.safety.oracle import Seen, allows
 from tests.safety.worlds import OBSERVATION, ONE, POINTS, TWO, Expression, about, factors, facts_of, seen
 
