@@ -10,6 +10,8 @@ Promise: the same answer as the whole expression, evaluated for each row and cel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from policies.errors import SafetyError
@@ -17,7 +19,7 @@ from policies.types import Bools, ObservationSpec
 from safety.cut import Cutter, Domain
 from safety.expression import Text, read
 from safety.facts import Facts
-from safety.parts import At, array_of
+from safety.parts import array_of
 from safety.views import Batch, Views
 
 
@@ -31,7 +33,8 @@ class Condition:
         self._every = (1 << self.count) - 1
         self._needs = text.needs()
         self._root = cutter.cut(text)
-        self._run = cutter.needs
+        self._reads = cutter.needs
+        self._narrows = cutter.compares
         self._views = views
         views.want(cutter.needs)
         nothing = np.zeros((1, 0), dtype=np.bool_)
@@ -40,34 +43,41 @@ class Condition:
     def holds(self, facts: Facts) -> Bools | None:
         """Where the expression is true, or fails, bool [B, cells]; None: nowhere."""
         shape = len(facts.states), self.count
+        if not shape[0]:
+            return None
         found = self._fixed
         if found is None:
             batch = self._views.of(facts)
             hidden = batch.hidden(self._needs)
             if hidden is None and not self._root.may(batch.ever):
                 return None
-            found = self._root.over(batch.truth, False)
-            if not self._root.known:
-                found = self._asked(batch, found, hidden)
+            found = self._root.over(batch.truth, False) if self._root.known else self._asked(batch, hidden)
             if hidden is not None:
                 found = found | hidden[:, None]
-        return np.broadcast_to(found, shape) if shape[0] and found.any() else None
+        return np.broadcast_to(found, shape) if found.any() else None
 
-    def _asked(self, batch: Batch, found: Bools, hidden: Bools | None) -> Bools:
-        """What is found when programs are run for rows of which the answer depends on them."""
-        truth = batch.truth
-        shape = len(truth), self.count
-        between = np.broadcast_to(found != self._root.over(truth, True), shape).any(axis=1)
+    def _asked(self, batch: Batch, hidden: Bools | None) -> Bools:
+        """What is found when programs are run for every row of which the answer depends on them."""
+        count = len(batch.truth)
+        if not self._narrows:
+            return self._run(batch, range(count), [()] * count)
+        shape = count, self.count
+        found = self._root.over(batch.truth, False)
+        between = np.broadcast_to(found != self._root.over(batch.truth, True), shape).any(axis=1)
         rows = np.flatnonzero(between if hidden is None else between & ~hidden)
-        if not len(rows):
-            return found
+        if len(rows):
+            found = np.array(np.broadcast_to(found, shape))
+            found[rows] = self._run(batch, rows.tolist(), batch.truth[rows].tolist())
+        return found
+
+    def _run(self, batch: Batch, rows: Sequence[int], truth: Sequence[Sequence[bool]]) -> Bools:
+        """What is found in these rows, bool [rows or 1, cells]. truth: which comparisons hold in each."""
+        every, among, needs, view_of = self._every, self._root.among, self._reads, batch.view
         bits = []
-        for row, known in zip(rows.tolist(), truth[rows].tolist(), strict=True):
-            view = batch.view(row, self._run)
-            bits.append(self._every if view is None else self._root.among(At(view, known), self._every))
-        asked = np.array(np.broadcast_to(found, shape))
-        asked[rows] = array_of(bits, self.count)
-        return asked
+        for row, known in zip(rows, truth, strict=True):
+            view = view_of(row, needs)
+            bits.append(every if view is None else among(view, known, every))
+        return array_of(bits if any(bits) else [0], self.count)
 
 
 def row_condition(source: str, observation: ObservationSpec, views: Views) -> Condition:

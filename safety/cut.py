@@ -63,11 +63,15 @@ class Domain:
 
 
 class Cutter:
-    """The cutting of one expression. cells: of its domain. needs: what its programs read, once it is cut."""
+    """The cutting of one expression. cells: of its domain.
+
+    needs: what its programs read, compares: whether it holds features against numbers; both once it is cut.
+    """
 
     def __init__(self, domain: Domain, observation: ObservationSpec, thresholds: Thresholds) -> None:
         self.cells = domain.cells
         self.needs = Needs()
+        self.compares = False
         self._domain = domain
         self._observation = observation
         self._thresholds = thresholds
@@ -128,6 +132,7 @@ class Cutter:
             feature = feature_of(text.part(unwrap(one)), self._observation)
             number = None if feature is None else self._number(text.part(other))
             if feature is not None and number is not None:
+                self.compares = True
                 return Compared(self._thresholds.column(feature, sign, number))
         return None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import cel
 import numpy as np
@@ -25,6 +25,8 @@ MOST_CHARACTERS: Final = 4_096
 # A context is the caller's, and a macro may compare each of its values with each: 1,000 of them take some 10 ms then.
 MOST_VALUES: Final = 1_000
 MOST_TEXT: Final = 65_536
+FEW: Final = 16
+SHORT: Final = 256
 DEEPEST: Final = 16  # the library converts by recursion
 
 VARIABLES = frozenset({"state", "context", "action"})
@@ -167,6 +169,29 @@ def narrowed(context: Mapping[str, object] | None, keys: frozenset[str] | None) 
     if context is None:
         return {}
     return dict(context) if keys is None else {key: context[key] for key in keys if key in context}
+
+
+def simple(context: Mapping[str, object]) -> bool:
+    """Whether a context is certainly modest, and made of values that CEL knows: most are a few short scalars."""
+    if len(context) > FEW:
+        return False
+    for key, value in context.items():
+        if type(key) is not str or not _short(key):
+            return False
+        kind = type(value)
+        good = (
+            (kind is str and _short(cast(str, value)))
+            or (kind is int and -(2**63) <= cast(int, value) < 2**63)
+            or (kind is float and math.isfinite(cast(float, value)))
+            or kind is bool
+        )
+        if not good:
+            return False
+    return True
+
+
+def _short(text: str) -> bool:
+    return len(text) <= SHORT and text.isascii()
 
 
 def modest(value: object) -> bool:

@@ -20,14 +20,6 @@ from policies.types import Bools
 from safety.expression import Program, View, denies
 
 
-@dataclass(frozen=True, slots=True)
-class At:
-    """One row. truth: which comparisons hold in it."""
-
-    view: View
-    truth: Sequence[bool]
-
-
 class Part(Protocol):
     """A part of an expression.
 
@@ -52,8 +44,8 @@ class Part(Protocol):
         """Whether it is not false, bool [B or 1, cells or 1], were all programs true, or all false."""
         ...
 
-    def among(self, at: At, wanted: int) -> int:
-        """The cells among `wanted` for which it is not false."""
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
+        """The cells among `wanted` for which it is not false in one row. truth: which comparisons hold in it."""
         ...
 
 
@@ -73,7 +65,7 @@ class Fixed:
     def over(self, truth: Bools, programs: bool) -> Bools:
         return self.cells
 
-    def among(self, at: At, wanted: int) -> int:
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
         return self.bits & wanted
 
 
@@ -92,8 +84,8 @@ class Compared:
     def over(self, truth: Bools, programs: bool) -> Bools:
         return truth[:, self.column : self.column + 1]
 
-    def among(self, at: At, wanted: int) -> int:
-        return wanted if at.truth[self.column] else 0
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
+        return wanted if truth[self.column] else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +103,8 @@ class Not:
     def over(self, truth: Bools, programs: bool) -> Bools:
         return np.logical_not(self.part.over(truth, programs))
 
-    def among(self, at: At, wanted: int) -> int:
-        return wanted & ~self.part.among(at, wanted)
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
+        return wanted & ~self.part.among(view, truth, wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +126,8 @@ class ByRow(_Run):
     known: bool = False
     certain: bool = False
 
-    def among(self, at: At, wanted: int) -> int:
-        return wanted if denies(self.program, at.view) else 0
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
+        return wanted if denies(self.program, view) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +137,10 @@ class ByCell(_Run):
     known: bool = False
     certain: bool = False
 
-    def among(self, at: At, wanted: int) -> int:
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
         found = 0
         for each, cells in self.programs:
-            if cells & wanted and denies(each, at.view):
+            if cells & wanted and denies(each, view):
                 found |= cells & wanted
         return found
 
@@ -169,11 +161,11 @@ class All:
             found = found & part.over(truth, programs)
         return found
 
-    def among(self, at: At, wanted: int) -> int:
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
         for part in self.parts:
             if not wanted:
                 break
-            wanted = part.among(at, wanted)
+            wanted = part.among(view, truth, wanted)
         return wanted
 
 
@@ -193,12 +185,12 @@ class Any:
             found = found | part.over(truth, programs)
         return found
 
-    def among(self, at: At, wanted: int) -> int:
+    def among(self, view: View, truth: Sequence[bool], wanted: int) -> int:
         found = 0
         for part in self.parts:
             if found == wanted:
                 break
-            found |= part.among(at, wanted & ~found)
+            found |= part.among(view, truth, wanted & ~found)
         return found
 
 

@@ -1,57 +1,74 @@
-"""The last look at one drawn action: which rules it breaks. Pure, total.
+"""The last look at drawn actions: which rules they break. Pure, total.
 
 Duty: find a mistake in the evaluators, in how verdicts are combined, or in the draw. So it shares none of their code:
-it goes row by row over Python values, asks of the one action whether each rule forbids it, and runs each expression
+it goes row by row over Python values, asks of the one action whether each rule forbids it, and takes each expression
 whole, where the evaluators cut it. Rules that count executions are looked at where counts are kept.
-Promise: returns names for every input; a rule that cannot be looked at counts as broken.
+Strategy: of a batch, first what the action alone tells: most expressions are about another one. Then what Python says
+of the state's numbers. Rows are taken apart, and shown to CEL, only for rules that are left by then.
+Promise: an answer for every input; a rule that cannot be looked at counts as broken.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from policies.types import ActionSpec, Box, Choices, Feature, ObservationSpec
+import numpy as np
+import numpy.typing as npt
+
+from policies.types import ActionSpec, Bools, Box, Choices, ObservationSpec
+from safety.drawn import Action, Broken, Drawn, Row
 from safety.facts import Facts
-from safety.rules import Bounds, Choice, Confidence, ExploreOnly, Forbid, MaxStep, NeverExplore, Rule, Support
+from safety.recheck_kinds import confidence, exploring, max_step, support
+from safety.rules import Bounds, Confidence, ExploreOnly, Forbid, MaxStep, NeverExplore, Rule, Support
 
 if TYPE_CHECKING:
-    from safety.expression import Needs, Program
+    from safety.plain import Test
+    from safety.recheck_expression import Expression, Expressions
 
-Action = Sequence[float]  # one index for each factor, or D numbers
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of `Facts`, as Python values. state: numbers, nested as the observation's shape."""
-
-    state: list[object]
-    context: Mapping[str, object] | None
-    previous: tuple[float, ...] | None
-    past: bool
-    scores: list[float] | None
-    greedy: bool
-    faulty: bool
-
-
-# By how much float32 ends of a feature, and sums in another order, may differ from what is computed here. Nothing that
-# is said of an action itself is compared with any tolerance.
-ROUNDING: Final = 1e-6
-
-Broken = Callable[[Row, Action, bool], bool]  # row, drawn action, whether it was explored
+MOST_PLANS: Final = 4_096  # actions of which is kept what is left to ask of them
 
 
 def rows_of(facts: Facts) -> list[Row]:
     """Take a batch apart."""
-    scores = [None] * len(facts.states) if facts.scores is None else facts.scores.tolist()
-    return [
-        Row(state, facts.contexts[i], facts.previous[i], past, scores[i], facts.greedy, faulty)
-        for i, (state, past, faulty) in enumerate(
-            zip(facts.states.tolist(), facts.past.tolist(), facts.faulty.tolist(), strict=True)
-        )
-    ]
+    return [Row.of(facts, index) for index in range(len(facts.states))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A rule that is an expression over choices: for one action it may come to less."""
+
+    expression: Expression
+    factor: str | None
+    shown: Callable[[Action], object]  # the action as CEL sees it
+
+    def broken(self, drawn: Drawn) -> bool:
+        return self.expression.holds(drawn, self.factor, self.shown(drawn.action))
+
+    def left(self, drawn: Drawn) -> bool:
+        """The same where Python cannot say it."""
+        return self.expression.runs(drawn, self.factor, self.shown(drawn.action))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is left to ask of an action. always: some rule forbids it in every row. tests: of the state's numbers."""
+
+    always: bool
+    tests: tuple[Test, ...]
+    looks: tuple[Broken, ...]
+
+    def breaks(self, facts: Facts, row: int, numbers: Sequence[float], action: Action, explored: bool) -> bool:
+        if self.always:
+            return True
+        for test in self.tests:
+            if test(numbers):
+                return True
+        if not self.looks:
+            return False
+        drawn = Drawn(Row.of(facts, row), action, explored)
+        return any(_breaks(look, drawn) for look in self.looks)
 
 
 class Recheck:
@@ -59,207 +76,142 @@ class Recheck:
 
     def __init__(self, rules: Sequence[Rule], action: ActionSpec, observation: ObservationSpec) -> None:
         """Build. Raises SafetyError where an expression is none."""
-        looks = [(rule.name, _look(rule, action, observation)) for rule in rules if rule.mode == "enforce"]
-        self._looks = [(name, broken) for name, broken in looks if broken is not None]
+        self._shared = shared = _expressions(rules, observation)
+        looks = ((rule.name, _look(rule, action, observation, shared)) for rule in rules if rule.mode == "enforce")
+        self._looks = [(name, look) for name, look in looks if look is not None]
+        self._every = _Plan(False, (), tuple(_broken(look) for _, look in self._looks))
+        self._plans: dict[Action, _Plan] = {}
+        self._points = isinstance(action, Box)
 
     def broken(self, row: Row, drawn: Action, explored: bool = False) -> tuple[str, ...]:
         """Names of the rules that a drawn action breaks. It is the version's own: a fallback is not looked at."""
-        return tuple(name for name, broken in self._looks if _breaks(broken, row, drawn, explored))
+        seen = Drawn(row, drawn, explored)
+        return tuple(name for name, look in self._looks if _breaks(_broken(look), seen))
+
+    def broken_rows(self, facts: Facts, actions: npt.NDArray[Any], explored: Bools, fallen: Bools) -> Bools:
+        """Rows whose drawn action breaks some rule, bool [B]; one that fell back breaks none.
+
+        actions: [B, F] or [B, D].
+        """
+        if not self._looks or fallen.all():
+            return np.zeros(len(actions), dtype=np.bool_)
+        found = []
+        rows = zip(actions.tolist(), explored.tolist(), fallen.tolist(), *self._read(facts), strict=True)
+        for row, (action, by_chance, fell, plainly, numbers) in enumerate(rows):
+            if fell:
+                found.append(False)
+                continue
+            plan = self._plan(action) if plainly else self._every
+            found.append(plan.breaks(facts, row, numbers, action, by_chance))
+        return np.array(found, dtype=np.bool_)
+
+    def _read(self, facts: Facts) -> tuple[Sequence[bool], Sequence[Sequence[float]]]:
+        """Of each row whether it can certainly be shown to expressions, and the numbers that they are about."""
+        count, shared = len(facts.states), self._shared
+        if shared is None:
+            return [True] * count, [()] * count
+        return shared.plain_rows(facts), shared.numbers(facts)
+
+    def _plan(self, action: list[float]) -> _Plan:
+        """What is left to ask of an action in rows that can be shown."""
+        if self._points:
+            return self._every
+        key = tuple(action)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = self._planned(key)
+        return plan
+
+    def _planned(self, action: Action) -> _Plan:
+        always = False
+        tests: list[Test] = []
+        looks: list[Broken] = []
+        for _, look in self._looks:
+            if not isinstance(look, _Choice):
+                looks.append(look)
+                continue
+            try:
+                answer = look.expression.reading(look.shown(action))
+            except Exception:  # no action of this space
+                answer = True
+            if callable(answer):
+                tests.append(answer)
+            elif answer is None:
+                looks.append(look.left)
+            always = always or answer is True
+        return _Plan(always, tuple(tests), tuple(looks))
 
 
-def _breaks(broken: Broken, row: Row, drawn: Action, explored: bool) -> bool:
+def _broken(look: Broken | _Choice) -> Broken:
+    return look.broken if isinstance(look, _Choice) else look
+
+
+def _breaks(broken: Broken, drawn: Drawn) -> bool:
     try:
-        return broken(row, drawn, explored)
+        return broken(drawn)
     except Exception:
         return True
 
 
-def _look(rule: Rule, action: ActionSpec, observation: ObservationSpec) -> Broken | None:
+def _expressions(rules: Sequence[Rule], observation: ObservationSpec) -> Expressions | None:
+    """What expressions share, where any rule is one."""
+    if not any(isinstance(rule, Forbid | Bounds) and rule.when is not None for rule in rules):
+        return None
+    from safety.recheck_expression import Expressions  # imports CEL, which takes a while and few policies need
+
+    return Expressions(observation)
+
+
+def _look(
+    rule: Rule, action: ActionSpec, observation: ObservationSpec, shared: Expressions | None
+) -> Broken | _Choice | None:
     match rule:
         case Forbid():
-            return _forbid(rule, action, observation)
+            return _forbid(rule, action, cast("Expressions", shared))
         case Bounds():
-            return _bounds(rule, observation)
+            return _bounds(rule, shared)
         case MaxStep():
-            return _max_step(rule, action)
+            return max_step(rule, action)
         case Support():
-            return lambda row, drawn, explored: _unlike_training(rule, observation, row.state)
+            return support(rule, observation)
         case Confidence():
-            return _confidence(rule, cast(Choices, action))
+            return confidence(rule, cast(Choices, action))
         case ExploreOnly() | NeverExplore():
-            return _exploring(rule, cast(Choices, action))
+            return exploring(rule, cast(Choices, action))
     return None
 
 
-class _Expression:
-    """A whole expression, run on one row at a time."""
-
-    def __init__(self, source: str, observation: ObservationSpec) -> None:
-        from safety.expression import program, read  # imports CEL, which takes a while and few policies need
-
-        self._program: Program = program(source)
-        self._needs: Needs = read(source, observation).needs()
-        self._names = observation.names
-
-    def holds(self, row: Row, action: object) -> bool:
-        """Whether it is true, or fails."""
-        from safety.expression import denies, modest, narrowed, view_of
-
-        variables = {} if action is None else {"action": action}
-        if self._needs.state != frozenset():
-            variables["state"] = self._state(row)
-            if not _finite(variables["state"]):
-                return True
-        if self._needs.context != frozenset():
-            variables["context"] = narrowed(row.context, self._needs.context)
-            if not modest(variables["context"]):
-                return True
-        view = view_of(variables)
-        return view is None or denies(self._program, view)
-
-    def _state(self, row: Row) -> object:
-        wanted = self._needs.state
-        if not self._names:
-            return row.state
-        named = zip(self._names, row.state, strict=True)
-        return {name: value for name, value in named if wanted is None or name in wanted}
-
-
-def _finite(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    inner = value.values() if isinstance(value, dict) else cast(list[object], value)
-    return all(_finite(each) for each in inner)
-
-
-def _forbid(rule: Forbid, action: ActionSpec, observation: ObservationSpec) -> Broken:
-    expression = _Expression(rule.when, observation)
+def _forbid(rule: Forbid, action: ActionSpec, shared: Expressions) -> Broken | _Choice:
+    expression = shared.expression(rule.when)
     if isinstance(action, Box):
-        return lambda row, drawn, explored: expression.holds(row, None)
+        return lambda drawn: expression.holds(drawn, None, None)
     space, factor = action, rule.factor
 
-    def broken(row: Row, drawn: Action, explored: bool) -> bool:
+    def shown(drawn: Action) -> object:
         pairs = zip(drawn, space.names, strict=True)
         each = [{"index": int(choice), "name": names[int(choice)]} for choice, names in pairs]
         if not space.factors:
-            return expression.holds(row, each[0])
+            return each[0]
         by_name = dict(zip(space.factors, each, strict=True))
-        return expression.holds(row, by_name if factor is None else by_name[factor])
+        return by_name if factor is None else by_name[factor]
 
-    return broken
+    return _Choice(expression, factor, shown)
 
 
-def _bounds(rule: Bounds, observation: ObservationSpec) -> Broken:
-    when = None if rule.when is None else _Expression(rule.when, observation)
+def _bounds(rule: Bounds, shared: Expressions | None) -> Broken:
+    when = None if rule.when is None else cast("Expressions", shared).expression(rule.when)
 
-    def broken(row: Row, drawn: Action, explored: bool) -> bool:
-        if when is not None and not when.holds(row, None):
+    def broken(drawn: Drawn) -> bool:
+        if when is not None and not when.holds(drawn, None, None):
             return False
-        low = rule.low or [None] * len(drawn)
-        high = rule.high or [None] * len(drawn)
+        point = drawn.action
+        low = rule.low or [None] * len(point)
+        high = rule.high or [None] * len(point)
         return not all(
             (bottom is None or value >= bottom) and (top is None or value <= top)
-            for bottom, value, top in zip(low, drawn, high, strict=True)
+            for bottom, value, top in zip(low, point, high, strict=True)
         )
-
-    return broken
-
-
-def _max_step(rule: MaxStep, action: ActionSpec) -> Broken:
-    def broken(row: Row, drawn: Action, explored: bool) -> bool:
-        if not row.past:
-            return True
-        last = row.previous if row.previous is not None else _initial(rule, action)
-        if last is None or len(last) != len(drawn):
-            return True
-        if isinstance(action, Box):
-            limits = rule.limit if isinstance(rule.limit, list) else [rule.limit] * len(drawn)
-            return not all(abs(a - b) <= limit for a, b, limit in zip(drawn, last, limits, strict=True))
-        factor = action.factors.index(rule.factor) if rule.factor else 0
-        one, other = (_worth(rule, action.names[factor], each[factor]) for each in (drawn, last))
-        return not abs(one - other) <= cast(float, rule.limit)
-
-    return broken
-
-
-def _initial(rule: MaxStep, action: ActionSpec) -> tuple[float, ...] | None:
-    """The action that counts as last; of several factors, only this rule's matters."""
-    if rule.initial is None:
-        return None
-    if isinstance(action, Box):
-        return tuple(rule.initial) if isinstance(rule.initial, list) else (float(rule.initial),)
-    factor = action.factors.index(rule.factor) if rule.factor else 0
-    return (_index(cast(Choice, rule.initial), action.names[factor]),) * len(action.names)
-
-
-def _worth(rule: MaxStep, names: Sequence[str], choice: float) -> float:
-    if choice not in range(len(names)):
-        return math.nan
-    values = rule.values
-    return values[names[int(choice)]] if isinstance(values, dict) else cast(list[float], values)[int(choice)]
-
-
-def _index(choice: Choice, names: Sequence[str]) -> int:
-    return names.index(choice) if isinstance(choice, str) else choice
-
-
-def _unlike_training(rule: Support, observation: ObservationSpec, state: Sequence[object]) -> bool:
-    outside, distances = 0, []
-    for feature, value in zip(observation.features, cast(Sequence[float], state), strict=True):
-        if not math.isfinite(value):
-            return True
-        low, high = _seen(rule, feature)
-        closed = math.isfinite(low) and math.isfinite(high)
-        half, middle = (high / 2 - low / 2, low / 2 + high / 2) if closed else (0.0, 0.0)
-        low, high = low - rule.margin * 2 * half, high + rule.margin * 2 * half
-        outside += value < low - _rounded(low, observation) or value > high + _rounded(high, observation)
-        if closed:
-            away = abs(value - middle)
-            distances.append(0.0 if away == 0.0 else away / half if half else math.inf)
-    if outside > rule.max_outside:
-        return True
-    return rule.max_distance is not None and sum(distances) / len(distances) > rule.max_distance * (1 + ROUNDING)
-
-
-def _rounded(end: float, observation: ObservationSpec) -> float:
-    """By how much rounding to the observation's dtype may have moved an end."""
-    return ROUNDING * abs(end) if observation.dtype == "float32" and math.isfinite(end) else 0.0
-
-
-def _seen(rule: Support, feature: Feature) -> tuple[float, float]:
-    low, high = feature.low, feature.high
-    if rule.by == "quantiles":
-        low, high = (
-            (min(feature.quantiles.values()), max(feature.quantiles.values()))
-            if len(feature.quantiles) > 1
-            else (None, None)
-        )
-    return -math.inf if low is None else low, math.inf if high is None else high
-
-
-def _confidence(rule: Confidence, space: Choices) -> Broken:
-    def broken(row: Row, drawn: Action, explored: bool) -> bool:
-        if row.faulty:
-            return False
-        if row.scores is None:
-            return True
-        start, uncertainty = 0, 0.0
-        for n in space.nvec:
-            scores = sorted(row.scores[start : start + n], reverse=True)
-            start += n
-            if rule.min_gap is not None and n > 1 and not scores[0] - scores[1] >= rule.min_gap:
-                return True
-            uncertainty -= sum(p * math.log(p) for p in scores if p > 0.0) if not row.greedy else -math.inf
-        return rule.max_entropy is not None and not uncertainty <= rule.max_entropy * (1 + ROUNDING)
-
-    return broken
-
-
-def _exploring(rule: ExploreOnly | NeverExplore, space: Choices) -> Broken:
-    factor = space.factors.index(rule.factor) if rule.factor else 0
-    named = {_index(choice, space.names[factor]) for choice in rule.actions}
-
-    def broken(row: Row, drawn: Action, explored: bool) -> bool:
-        return explored and (int(drawn[factor]) in named) != isinstance(rule, ExploreOnly)
 
     return broken

@@ -36,9 +36,7 @@ class Thresholds:
         self._groups: list[tuple[Callable[[Any, Any], Any], npt.NDArray[np.intp], npt.NDArray[Any], Any]] | None = None
 
     def column(self, feature: int, sign: str, number: float) -> int:
-        """The column of a comparison: of the feature at this place of a flat state, by a sign of OPERATORS, with a finite
-        number.
-        """
+        """The column of a comparison: a feature by its place in a flat state, a sign of OPERATORS, a finite number."""
         self._groups = None
         return self._columns.setdefault((feature, sign, number), len(self._columns))
 

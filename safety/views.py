@@ -8,18 +8,15 @@ these rules name; where that cannot be shown, each rule gets a view of its own, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 
 from policies.types import Bools, ObservationSpec
-from safety.expression import Needs, View, modest, narrowed, view_of
+from safety.expression import Needs, View, modest, narrowed, simple, view_of
 from safety.facts import Facts
 from safety.threshold import Thresholds
-
-LONGEST = 256  # of a text that is shown without a closer look
 
 
 class Views:
@@ -57,6 +54,7 @@ class Batch:
         self._shared = shared
         self._finite = bool(np.isfinite(facts.states).all())
         self._views: dict[int, View | None] = {}
+        self._simple: bool | None = None  # whether every context is; None: nobody has asked
 
     def hidden(self, needs: Needs) -> Bools | None:
         """Rows that cannot be shown to an expression: a number is not finite, a context too large; None: there are
@@ -65,7 +63,7 @@ class Batch:
         found = None
         if not self._finite and needs.state != frozenset():
             found = self._not_finite(needs.state)
-        if needs.context != frozenset():
+        if needs.context != frozenset() and not self._all_simple():
             hides = [not self._showable(i, needs) for i in range(len(self.facts.contexts))]
             if any(hides):
                 found = np.array(hides) if found is None else found | hides
@@ -73,10 +71,17 @@ class Batch:
 
     def view(self, row: int, needs: Needs) -> View | None:
         """A row, with at least what is needed."""
+        view = self._views.get(row)
+        if view is not None:
+            return view
         if row not in self._views:
-            self._views[row] = self._built(row, self._shared)
-        view = self._views[row]
+            view = self._views[row] = self._built(row, self._shared)
         return self._built(row, needs) if view is None and needs != self._shared else view
+
+    def _all_simple(self) -> bool:
+        if self._simple is None:
+            self._simple = all(not context or simple(context) for context in self.facts.contexts)
+        return self._simple
 
     def _not_finite(self, wanted: frozenset[str] | None) -> Bools:
         states, names = self.facts.states, self._observation.names
@@ -86,7 +91,7 @@ class Batch:
 
     def _showable(self, row: int, needs: Needs) -> bool:
         context = self.facts.contexts[row]
-        return not context or plain(context) or self.view(row, needs) is not None
+        return not context or simple(context) or self.view(row, needs) is not None
 
     def _built(self, row: int, needs: Needs) -> View | None:
         variables: dict[str, object] = {}
@@ -94,7 +99,7 @@ class Batch:
             variables["state"] = self._state(row, needs.state)
         if needs.context != frozenset():
             shown = narrowed(self.facts.contexts[row], needs.context)
-            if not plain(shown) and not modest(shown):
+            if not self._all_simple() and not modest(shown):
                 return None
             variables["context"] = shown
         return view_of(variables)
@@ -104,26 +109,3 @@ class Batch:
         if not names:
             return numbers
         return {name: value for name, value in zip(names, numbers, strict=True) if wanted is None or name in wanted}
-
-
-def plain(context: Mapping[str, object]) -> bool:
-    """Whether a context is certainly modest, and made of values that CEL knows: most are a few short scalars."""
-    if len(context) > 16:
-        return False
-    for key, value in context.items():
-        if type(key) is not str or not _short(key):
-            return False
-        kind = type(value)
-        good = (
-            (kind is str and _short(cast(str, value)))
-            or (kind is int and -(2**63) <= cast(int, value) < 2**63)
-            or (kind is float and math.isfinite(cast(float, value)))
-            or kind is bool
-        )
-        if not good:
-            return False
-    return True
-
-
-def _short(text: str) -> bool:
-    return len(text) <= LONGEST and text.isascii()
