@@ -1,19 +1,24 @@
 """The safety filter: all rules over a batch, and an independent last look at what was drawn. Pure, total.
 
-`constrain` and `constrain_box` work on arrays before anything is drawn; `check` and `check_box` go row by row over what
-callers sent, sharing no code with them, so that a mistake in one is seen by the other.
+`constrain` and `constrain_box` work on masks and boxes before anything is drawn; `check` and `check_box` hold what was
+drawn against the space and against what callers sent, sharing no code with them, so that a mistake in one is seen by the
+other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from policies.types import Bools, Box, Choices
 from safety.bounds import Bounds, request_box
 from safety.mask import Allowed, request_mask
 from safety.types import REQUEST_RULE, BoxConstraint, Constraint
+
+Said = TypeVar("Said")
 
 
 def constrain(allowed: Sequence[Allowed], space: Choices) -> Constraint:
@@ -34,31 +39,42 @@ def constrain_box(allowed: Sequence[Bounds], space: Box) -> BoxConstraint:
     return BoxConstraint(*narrowed, ((REQUEST_RULE, *request),))
 
 
-def check(
-    actions: Sequence[Sequence[int]], fallen: Sequence[bool], allowed: Sequence[Allowed], nvec: Sequence[int]
-) -> Bools:
-    """Look once more at drawn actions: bool [B], True where an action may leave.
+def check(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[Allowed], nvec: Sequence[int]) -> Bools:
+    """Look once more at drawn actions, [B, F]: bool [B], True where an action may leave.
 
     A row that fell back answers with the declared fallback, which rules do not mask; it must still exist.
     """
-    passed = []
-    for action, fell, row in zip(actions, fallen, allowed, strict=True):
-        start, good = 0, len(action) == len(nvec)
-        for choice, n in zip(action, nvec, strict=False):
-            good = good and 0 <= choice < n and (fell or row is None or start + choice in row)
-            start += n
-        passed.append(good)
-    return np.array(passed, dtype=np.bool_)
+    drawn = np.asarray(actions)
+    if drawn.shape != (len(allowed), len(nvec)):
+        return np.zeros(len(allowed), dtype=np.bool_)
+    passed: Bools = ((drawn >= 0) & (drawn < nvec)).all(axis=1)
+    for index, row in _said(allowed):
+        if not fallen[index]:
+            passed[index] &= all(place in row for place in _places(drawn[index].tolist(), nvec))
+    return passed
 
 
-def check_box(
-    actions: Sequence[Sequence[float]], fallen: Sequence[bool], allowed: Sequence[Bounds], space: Box
-) -> Bools:
-    """Look once more at drawn points: bool [B], True where a point may leave: within the space and the caller's box."""
-    passed = []
-    for action, fell, row in zip(actions, fallen, allowed, strict=True):
-        good = space.validate(action)
-        if good and not fell and row is not None:
-            good = all(low <= value <= high for low, value, high in zip(row[0], action, row[1], strict=True))
-        passed.append(good)
-    return np.array(passed, dtype=np.bool_)
+def check_box(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[Bounds], space: Box) -> Bools:
+    """Look once more at drawn points, [B, D]: bool [B], True where a point may leave: within the space and the caller's
+    box.
+    """
+    points = np.asarray(actions, dtype=np.float64)
+    if points.shape != (len(allowed), space.size):
+        return np.zeros(len(allowed), dtype=np.bool_)
+    lowest, highest = space.bounds
+    passed: Bools = ((points >= lowest) & (points <= highest)).all(axis=1)
+    for index, (low, high) in _said(allowed):
+        if not fallen[index]:
+            each = zip(low, points[index].tolist(), high, strict=True)
+            passed[index] &= all(bottom <= value <= top for bottom, value, top in each)
+    return passed
+
+
+def _said(allowed: Sequence[Said | None]) -> list[tuple[int, Said]]:
+    """Rows of which the caller says something, and what."""
+    return [(index, row) for index, row in enumerate(allowed) if row is not None]
+
+
+def _places(action: Sequence[int], nvec: Sequence[int]) -> list[int]:
+    """The columns of an action, one for each factor."""
+    return [sum(nvec[:factor]) + choice for factor, choice in enumerate(action)]

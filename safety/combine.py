@@ -8,10 +8,11 @@ replaced it, `on_empty` of those that left nothing) says the baseline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import prod
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,32 +41,44 @@ def combine(
     request: what callers allow, bool [B, N]. on_empty: what the document says. joint: decide over tuples of choices,
     because some rule speaks of them, whether or not it says anything this time.
     """
-    joint = joint or any(isinstance(verdict, MaskedJointly) for _, verdict in _of("enforced", judged))
+    if not judged and request is None:
+        width = prod(space.nvec) if joint else space.size
+        return _unruled(np.ones((count, width), dtype=np.bool_), space, on_empty, joint)
+    roles = _Roles.of(judged)
+    joint = joint or any(isinstance(verdict, MaskedJointly) for _, verdict in roles.enforced)
     masks = _Masks(space, count, joint)
     by_rule = [] if request is None else [(REQUEST_RULE, masks.lifted(request))]
-    for rule, verdict in _of("enforced", judged):
+    for rule, verdict in roles.enforced:
         allowed = masks.of(verdict)
         if not allowed.all():
             by_rule.append((rule.name, allowed))
-    mask = np.ones((count, masks.width), dtype=np.bool_)
-    for _, allowed in by_rule:
-        mask &= allowed
+    mask = _intersection([allowed for _, allowed in by_rule], (count, masks.width))
     explorable = None
-    for _, verdict in _of("exploring", judged):
+    for _, verdict in roles.exploring:
         explorable = (mask if explorable is None else explorable) & masks.of(verdict)
     constraint = Constraint(
         mask,
         (masks.width,) if joint else space.nvec,
         tuple(by_rule),
-        monitored=_monitored(judged, count, space),
-        replaced=_replaced(judged, count),
+        monitored=_fitting(roles.monitored, count, space),
+        replaced=_replaced(roles.replacing, count),
         instead=(None,) * count,
         explorable=explorable,
-        says=_says(judged, on_empty),
+        says=_says(roles.enforced, on_empty),
         otherwise=on_empty,
         factors=space.nvec if joint else (),
     )
     return _with_instead(constraint, judged, count)
+
+
+def _unruled(mask: Bools, space: Choices, on_empty: Instead, joint: bool) -> Constraint:
+    """Where nobody says anything."""
+    nvec, factors = (mask.shape[1:], space.nvec) if joint else (space.nvec, ())
+    return Constraint(mask, nvec, instead=(None,) * len(mask), otherwise=on_empty, factors=factors)
+
+
+def _intersection(masks: Sequence[Bools], shape: tuple[int, int]) -> Bools:
+    return reduce(np.logical_and, masks) if masks else np.ones(shape, dtype=np.bool_)
 
 
 def combine_box(
@@ -77,9 +90,10 @@ def combine_box(
     on_empty: Instead = "fallback",
 ) -> BoxConstraint:
     """Intersect over a box for `count` rows. request: low and high of what callers allow, float64 [B, D] each."""
+    roles = _Roles.of(judged)
     low, high = (np.tile(end, (count, 1)) for end in space.bounds)
     by_rule = [] if request is None else [(REQUEST_RULE, *request)]
-    for rule, verdict in _of("enforced", judged):
+    for rule, verdict in roles.enforced:
         lowest, highest = _ends_of(verdict, count, space)
         if (lowest > low).any() or (highest < high).any():
             by_rule.append((rule.name, lowest, highest))
@@ -89,24 +103,37 @@ def combine_box(
         low,
         high,
         tuple(by_rule),
-        monitored=_monitored(judged, count, space),
-        replaced=_replaced(judged, count),
+        monitored=_fitting(roles.monitored, count, space),
+        replaced=_replaced(roles.replacing, count),
         instead=(None,) * count,
-        says=_says(judged, on_empty),
+        says=_says(roles.enforced, on_empty),
         otherwise=on_empty,
     )
     return _with_instead(constraint, judged, count)
 
 
-def _of(role: Literal["enforced", "exploring", "replacing"], judged: Sequence[Pair]) -> Iterator[Pair]:
-    """The rules in force that restrict the version, restrict exploration alone, or take rows away."""
-    return ((rule, verdict) for rule, verdict in judged if rule.mode == "enforce" and _role(rule, verdict) == role)
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Rules by what they do: in force, they restrict the version, restrict exploration alone, or take rows away."""
 
+    enforced: list[Pair]
+    exploring: list[Pair]
+    replacing: list[Pair]
+    monitored: list[Pair]
 
-def _role(rule: Rule, verdict: Verdict | None) -> Literal["enforced", "exploring", "replacing"]:
-    if isinstance(rule, ExploreOnly | NeverExplore):
-        return "exploring"
-    return "replacing" if isinstance(verdict, Replaced) else "enforced"
+    @classmethod
+    def of(cls, judged: Sequence[Pair]) -> _Roles:
+        roles = cls([], [], [], [])
+        for pair in judged:
+            rule, verdict = pair
+            if isinstance(rule, ExploreOnly | NeverExplore):  # one that monitors forbids nothing
+                if rule.mode == "enforce":
+                    roles.exploring.append(pair)
+            elif rule.mode != "enforce":
+                roles.monitored.append(pair)
+            else:
+                (roles.replacing if isinstance(verdict, Replaced) else roles.enforced).append(pair)
+        return roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,22 +183,23 @@ def _fits(verdict: Verdict, count: int, space: ActionSpec) -> bool:
     return False
 
 
-def _replaced(judged: Sequence[Pair], count: int) -> tuple[Replaced, ...]:
+def _replaced(replacing: Sequence[Pair], count: int) -> tuple[Replaced, ...]:
     """Verdicts that take some row away; one that does not fit the batch takes all."""
+    if not replacing:
+        return ()
     every = np.ones(count, dtype=np.bool_)
-    verdicts = (verdict for _, verdict in _of("replacing", judged) if isinstance(verdict, Replaced))
+    verdicts = (verdict for _, verdict in replacing if isinstance(verdict, Replaced))
     fitting = (each if each.rows.shape == (count,) else Replaced(each.name, every) for each in verdicts)
     return tuple(each for each in fitting if each.rows.any())
 
 
-def _monitored(judged: Sequence[Pair], count: int, space: ActionSpec) -> tuple[Verdict, ...]:
-    """What rules in monitor mode would have forbidden. Those on exploration forbid nothing."""
-    monitors = (pair for pair in judged if pair[0].mode == "monitor" and _role(*pair) != "exploring")
-    return tuple(verdict for _, verdict in monitors if verdict is not None and _fits(verdict, count, space))
+def _fitting(monitored: Sequence[Pair], count: int, space: ActionSpec) -> tuple[Verdict, ...]:
+    """What rules in monitor mode would have forbidden."""
+    return tuple(verdict for _, verdict in monitored if verdict is not None and _fits(verdict, count, space))
 
 
-def _says(judged: Sequence[Pair], on_empty: Instead) -> Mapping[str, Instead]:
-    return {rule.name: rule.on_empty or on_empty for rule, _ in _of("enforced", judged)}
+def _says(enforced: Sequence[Pair], on_empty: Instead) -> Mapping[str, Instead]:
+    return {rule.name: rule.on_empty or on_empty for rule, _ in enforced}
 
 
 def _with_instead(constraint: Either, judged: Sequence[Pair], count: int) -> Either:
@@ -194,6 +222,8 @@ def _emptied(constraint: Constraint | BoxConstraint) -> list[int]:
     if isinstance(constraint, BoxConstraint):
         empty = (constraint.low > constraint.high).any(axis=1)
     else:
+        if not constraint.by_rule:
+            return []
         empty = np.zeros(len(constraint.mask), dtype=np.bool_)
         for part in columns(constraint.nvec):
             empty |= ~constraint.mask[:, part].any(axis=1)

@@ -6,15 +6,16 @@ float64 [B, D]. Masks and boxes intersect: order does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from policies.types import Bools, Floats, columns
+from policies.types import Bools, Floats, Ints, columns
 from safety.facts import Boxed, Masked, MaskedJointly, Replaced, Verdict
+from safety.joint import to_indices
 from safety.rules import Instead
 
 FallbackReason = Literal[
@@ -64,13 +65,27 @@ class Constraint:
         """Names of the rules that forbid `action`, one index for each factor, in `row`, or that took the row away."""
         if not self.by_rule and not self.replaced:
             return ()
-        at = self._at(action)
-        names = [name for name, allowed in self.by_rule if not allowed[row, at].all()]
+        names = self._forbidding(row, self._at(action))
         return (*names, *(verdict.name for verdict in self.replaced if verdict.rows[row]))
 
     def monitors_against(self, row: int, action: Sequence[float]) -> tuple[str, ...]:
         """Names of the rules in monitor mode that would have forbidden `action`, or taken the row away."""
         return tuple(verdict.name for verdict in self.monitored if forbids(verdict, row, action, self._sizes))
+
+    def rules_against_all(self, actions: Ints) -> list[tuple[str, ...]]:
+        """The same as `rules_against` for each row's action, int64 [B, F]."""
+        found: list[tuple[str, ...]] = [()] * len(actions)
+        if self.by_rule:
+            at = self._columns_of(actions)
+            rows = np.flatnonzero(~self.mask[np.arange(len(at))[:, None], at].all(axis=1))
+            for row, columns_ in zip(rows.tolist(), at[rows].tolist(), strict=True):
+                found[row] = self._forbidding(row, columns_)
+        return with_names(found, ((each.name, each.rows) for each in self.replaced))
+
+    def monitors_against_all(self, actions: Ints) -> list[tuple[str, ...]]:
+        """The same as `monitors_against` for each row's action, int64 [B, F]."""
+        said = ((verdict.name, forbidden(verdict, actions, self._sizes)) for verdict in self.monitored)
+        return with_names([()] * len(actions), said)
 
     def nothing_left(self, row: int) -> bool:
         """Whether some factor has no choice left in `row`."""
@@ -90,6 +105,13 @@ class Constraint:
         """One byte for each choice, [B, N]."""
         return self.mask
 
+    def _forbidding(self, row: int, at: Sequence[int]) -> tuple[str, ...]:
+        """Names of the rules that forbid any of these columns of `row`."""
+        if len(at) == 1:
+            place = row, at[0]
+            return tuple([name for name, allowed in self.by_rule if not allowed[place]])
+        return tuple([name for name, allowed in self.by_rule if not allowed[row, at].all()])
+
     @property
     def _sizes(self) -> tuple[int, ...]:
         return self.factors or self.nvec
@@ -99,6 +121,10 @@ class Constraint:
         if self.factors:
             return [flat_index(action, self.factors)]
         return [part.start + int(choice) for part, choice in zip(columns(self.nvec), action, strict=True)]
+
+    def _columns_of(self, actions: Ints) -> Ints:
+        """Columns of each row's action, int64 [B, F], or [B, 1] of tuples."""
+        return to_indices(actions, self.factors)[:, None] if self.factors else by_columns(actions, self.nvec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +153,17 @@ class BoxConstraint:
     def monitors_against(self, row: int, action: Sequence[float]) -> tuple[str, ...]:
         """Names of the rules in monitor mode that would have forbidden `action`, or taken the row away."""
         return tuple(verdict.name for verdict in self.monitored if forbids(verdict, row, action, ()))
+
+    def rules_against_all(self, actions: Floats) -> list[tuple[str, ...]]:
+        """The same as `rules_against` for each row's action, float64 [B, D]."""
+        outside = ((name, ~within(low, actions, high)) for name, low, high in self.by_rule)
+        found = with_names([()] * len(actions), outside)
+        return with_names(found, ((each.name, each.rows) for each in self.replaced))
+
+    def monitors_against_all(self, actions: Floats) -> list[tuple[str, ...]]:
+        """The same as `monitors_against` for each row's action, float64 [B, D]."""
+        said = ((verdict.name, forbidden(verdict, actions, ())) for verdict in self.monitored)
+        return with_names([()] * len(actions), said)
 
     def nothing_left(self, row: int) -> bool:
         """Whether the box of `row` is empty."""
@@ -173,3 +210,34 @@ def forbids(verdict: Verdict, row: int, action: Sequence[float], nvec: tuple[int
             point = np.asarray(action)
             return not ((verdict.low[row] <= point) & (point <= verdict.high[row])).all()
     return bool(verdict.rows[row])
+
+
+def forbidden(verdict: Verdict, actions: npt.NDArray[Any], nvec: tuple[int, ...]) -> Bools:
+    """The same for each row's action, [B, F] or [B, D]: bool [B]."""
+    rows = np.arange(len(actions))
+    match verdict:
+        case Masked():
+            return np.asarray(~verdict.allowed[rows[:, None], by_columns(actions, nvec)].all(axis=1))
+        case MaskedJointly():
+            return np.asarray(~verdict.allowed[rows, to_indices(actions, nvec)])
+        case Boxed():
+            return ~within(verdict.low, actions, verdict.high)
+    return verdict.rows
+
+
+def by_columns(actions: Ints, nvec: Sequence[int]) -> Ints:
+    """Where each row's choices stand among all factors' side by side, int64 [B, F]."""
+    return actions if len(nvec) == 1 else actions + np.array([part.start for part in columns(nvec)])
+
+
+def within(low: Floats, points: Floats, high: Floats) -> Bools:
+    """Rows of which no coordinate is outside, bool [B]."""
+    return np.asarray(((low <= points) & (points <= high)).all(axis=1))
+
+
+def with_names(found: list[tuple[str, ...]], said: Iterable[tuple[str, Bools]]) -> list[tuple[str, ...]]:
+    """Add each rule's name to what was found of the rows that it is about."""
+    for name, rows in said:
+        for row in np.flatnonzero(rows).tolist():
+            found[row] += (name,)
+    return found
