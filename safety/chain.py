@@ -1,8 +1,7 @@
 """The safety filter: all rules over a batch, and an independent last look at what was drawn. Pure, total.
 
 `constrain` and `constrain_box` work on masks and boxes before anything is drawn; `check` and `check_box` hold what was
-drawn against the space and against what callers sent, sharing no code with them, so that a mistake in one is seen by the
-other.
+drawn against the space and against what callers sent. They share no code: a mistake in one is seen by the other.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def check(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[Allo
     drawn = np.asarray(actions)
     if drawn.shape != (len(allowed), len(nvec)):
         return np.zeros(len(allowed), dtype=np.bool_)
-    passed: Bools = ((drawn >= 0) & (drawn < nvec)).all(axis=1)
+    passed: Bools = np.asarray(((drawn >= 0) & (drawn < np.array(nvec))).all(axis=1))
     for index, row in _said(allowed):
         if not fallen[index]:
             passed[index] &= all(place in row for place in _places(drawn[index].tolist(), nvec))
@@ -62,7 +61,7 @@ def check_box(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[
     if points.shape != (len(allowed), space.size):
         return np.zeros(len(allowed), dtype=np.bool_)
     lowest, highest = space.bounds
-    passed: Bools = ((points >= lowest) & (points <= highest)).all(axis=1)
+    passed: Bools = np.asarray(((points >= lowest) & (points <= highest)).all(axis=1))
     for index, (low, high) in _said(allowed):
         if not fallen[index]:
             each = zip(low, points[index].tolist(), high, strict=True)
@@ -72,6 +71,8 @@ def check_box(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[
 
 def _said(allowed: Sequence[Said | None]) -> list[tuple[int, Said]]:
     """Rows of which the caller says something, and what."""
+    if allowed.count(None) == len(allowed):
+        return []
     return [(index, row) for index, row in enumerate(allowed) if row is not None]
 
 

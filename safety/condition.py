@@ -11,6 +11,7 @@ Promise: the same answer as the whole expression, evaluated for each row and cel
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from safety.expression import Text, read
 from safety.facts import Facts
 from safety.parts import array_of
 from safety.views import Batch, Views
+
+MOST_ROWS: Final = 64
 
 
 class Condition:
@@ -36,6 +39,7 @@ class Condition:
         self._reads = cutter.needs
         self._narrows = cutter.compares
         self._views = views
+        self._rows: dict[int, Bools] = {}  # what some cells are as an array
         views.want(cutter.needs)
         nothing = np.zeros((1, 0), dtype=np.bool_)
         self._fixed = self._root.over(nothing, False) if self._needs.nothing else None
@@ -58,10 +62,9 @@ class Condition:
 
     def _asked(self, batch: Batch, hidden: Bools | None) -> Bools:
         """What is found when programs are run for every row of which the answer depends on them."""
-        count = len(batch.truth)
+        shape = len(batch.facts.states), self.count
         if not self._narrows:
-            return self._run(batch, range(count), [()] * count)
-        shape = count, self.count
+            return self._run(batch, range(shape[0]), [()] * shape[0])
         found = self._root.over(batch.truth, False)
         between = np.broadcast_to(found != self._root.over(batch.truth, True), shape).any(axis=1)
         rows = np.flatnonzero(between if hidden is None else between & ~hidden)
@@ -77,7 +80,24 @@ class Condition:
         for row, known in zip(rows, truth, strict=True):
             view = view_of(row, needs)
             bits.append(every if view is None else among(view, known, every))
-        return array_of(bits if any(bits) else [0], self.count)
+        return self._array(bits)
+
+    def _array(self, bits: Sequence[int]) -> Bools:
+        """Cells of rows as an array, bool [rows or 1, cells]. Mostly all rows have the same, or nothing."""
+        kinds = set(bits)
+        if len(kinds) == 1:
+            return self._row(bits[0])
+        if len(kinds) == 2 and 0 in kinds:
+            return np.array([[each != 0] for each in bits]) & self._row(max(kinds))
+        return array_of(bits, self.count)
+
+    def _row(self, bits: int) -> Bools:
+        found = self._rows.get(bits)
+        if found is None:
+            if len(self._rows) >= MOST_ROWS:
+                self._rows.clear()
+            found = self._rows[bits] = array_of([bits], self.count)
+        return found
 
 
 def row_condition(source: str, observation: ObservationSpec, views: Views) -> Condition:

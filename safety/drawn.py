@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safety.facts import Facts
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 Action = Sequence[float]  # one index for each factor, or D numbers
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row of `Facts`, as Python values. state: numbers, nested as the observation's shape."""
 
     state: list[object]

@@ -16,7 +16,7 @@ def request_mask(allowed: Sequence[Allowed], n: int) -> Bools | None:
 
     Columns outside 0..n - 1 allow nothing: they are refused at the edge, and here they are merely harmless.
     """
-    if all(row is None for row in allowed):
+    if allowed.count(None) == len(allowed):
         return None
     mask = np.ones((len(allowed), n), dtype=np.bool_)
     for index, row in enumerate(allowed):

@@ -74,14 +74,14 @@ class Expressions:
 
     def shown(self, row: Row, action: object, needs: Needs) -> View | None:
         """A row and its action with what is named; None where it cannot be shown."""
-        variables = {} if action is None else {"action": action}
+        variables: dict[str, object] = {} if action is None else {"action": action}
         if needs.state != frozenset():
             variables["state"] = self._state(row, needs)
             if not _finite(variables["state"]):
                 return None
         if needs.context != frozenset():
-            variables["context"] = narrowed(row.context, needs.context)
-            if not modest(variables["context"]):
+            variables["context"] = context = narrowed(row.context, needs.context)
+            if not simple(context) and not modest(context):
                 return None
         return view_of(variables)
 
@@ -119,7 +119,7 @@ class Expression:
 
 
 def _finite(value: object) -> bool:
-    if isinstance(value, float):
+    if isinstance(value, int | float):
         return math.isfinite(value)
     inner = value.values() if isinstance(value, dict) else cast(list[object], value)
     return all(map(_finite, inner))

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from policies.types import Bools
+from policies.types import Bools, Floats
 
 OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
     "<": operator.lt,
@@ -28,12 +28,18 @@ OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
 }
 
 
+_Group = tuple[Callable[[Any, Any], Any], npt.NDArray[np.intp], Floats, npt.NDArray[np.intp]]
+
+
 class Thresholds:
     """The comparisons of one policy. Ask for columns while rules are built, then for what they say."""
 
     def __init__(self) -> None:
         self._columns: dict[tuple[int, str, float], int] = {}
-        self._groups: list[tuple[Callable[[Any, Any], Any], npt.NDArray[np.intp], npt.NDArray[Any], Any]] | None = None
+        self._groups: list[_Group] | None = None
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
     def column(self, feature: int, sign: str, number: float) -> int:
         """The column of a comparison: a feature by its place in a flat state, a sign of OPERATORS, a finite number."""
@@ -44,20 +50,24 @@ class Thresholds:
         """Which comparisons are true of states [B, *shape], bool [B, columns]."""
         groups = self._groups if self._groups is not None else self._grouped()
         flat = states.reshape(len(states), -1) if states.ndim > 2 else states
+        if len(groups) == 1:
+            compare, features, numbers, _ = groups[0]
+            alone: Bools = compare(flat.take(features, axis=1).astype(np.float64), numbers)
+            return alone
         found = np.empty((len(flat), len(self._columns)), dtype=np.bool_)
         for compare, features, numbers, columns in groups:
             found[:, columns] = compare(flat.take(features, axis=1).astype(np.float64), numbers)
         return found
 
-    def _grouped(self) -> list[tuple[Callable[[Any, Any], Any], npt.NDArray[np.intp], npt.NDArray[Any], Any]]:
-        """By operator: features, numbers and columns. Where there is one operator alone its columns are all."""
+    def _grouped(self) -> list[_Group]:
+        """By operator: features, numbers and columns; of one operator alone the columns are in order."""
         alike: dict[str, list[tuple[int, float, int]]] = {}
         for (feature, sign, number), column in self._columns.items():
             alike.setdefault(sign, []).append((feature, number, column))
         groups = []
         for sign, members in alike.items():
             features, numbers, columns = zip(*members, strict=True)
-            at = slice(None) if len(alike) == 1 else np.array(columns, dtype=np.intp)
-            groups.append((OPERATORS[sign], np.array(features, dtype=np.intp), np.array(numbers, dtype=np.float64), at))
+            at, among = np.array(columns, dtype=np.intp), np.array(features, dtype=np.intp)
+            groups.append((OPERATORS[sign], among, np.array(numbers, dtype=np.float64), at))
         self._groups = groups
         return groups

@@ -43,13 +43,14 @@ class Views:
 class Batch:
     """One batch of rows.
 
-    truth: bool [B, columns], which comparisons hold. ever: for each comparison whether it holds in any row.
+    truth: bool [B, columns], which comparisons hold; [1, 0] where rules make none. ever: for each comparison whether it
+    holds in any row.
     """
 
     def __init__(self, facts: Facts, observation: ObservationSpec, thresholds: Thresholds, shared: Needs) -> None:
         self.facts = facts
-        self.truth: Bools = thresholds.of(facts.states)
-        self.ever: Sequence[bool] = cast(list[bool], self.truth.any(axis=0).tolist())
+        self.truth: Bools = thresholds.of(facts.states) if len(thresholds) else np.zeros((1, 0), dtype=np.bool_)
+        self.ever: Sequence[bool] = cast(list[bool], self.truth.any(axis=0).tolist()) if len(thresholds) else ()
         self._observation = observation
         self._shared = shared
         self._finite = bool(np.isfinite(facts.states).all())
