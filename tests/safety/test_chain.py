@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.types import Choices
-from safety.chain import check, constrain
+from policies.types import Box, Choices
+from safety.chain import check, check_box, constrain
 from safety.fallback import reason
 from safety.types import Constraint, FallbackReason
 
@@ -50,6 +50,12 @@ def test_rules_are_named_one_by_one() -> None:
 def test_a_fallback_passes_the_last_look_only_if_it_exists() -> None:
     assert check([(1,), (2,), (-1,)], [True, True, True], [[0], [0], [0]], [2]).tolist() == [True, False, False]
     assert check([(2,)], [False], [None], [2]).tolist() == [False]
+
+
+def test_what_is_no_action_of_the_space_does_not_leave() -> None:
+    assert check([(0, 0)], [True], [None], [2]).tolist() == [False]
+    assert check_box([(0.0, 0.0)], [True], [None], Box((0.0,), (1.0,))).tolist() == [False]
+    assert check([(1, 2), (1, 0)], [False, False], [[1, 4], [1, 4]], [2, 3]).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,9 @@ def test_all_rules_together_allow_what_the_oracle_allows(data: Any) -> None:
             monitors = [rule for rule in rules if rule.mode == "monitor"]
             would = {r.name for r in monitors if not oracle.allows(r, factors(space), row, action, truths[r.name])}
             assert set(constraint.monitors_against(index, action)) == would
+            at_once = np.tile(action, (len(rows), 1))
+            assert constraint.rules_against_all(at_once)[index] == constraint.rules_against(index, action)
+            assert constraint.monitors_against_all(at_once)[index] == constraint.monitors_against(index, action)
         assert constraint.nothing_left(index) == (not any(allowed))
         assert constraint.instead[index] == (None if any(allowed) else "fallback")
 
@@ -115,6 +118,7 @@ def test_the_order_of_rules_does_not_matter() -> None:
         assert not each.explorable.any()
         for row, choice in product(range(2), range(3)):
             assert set(each.rules_against(row, (choice,))) == set(found[0].rules_against(row, (choice,)))
+            assert each.rules_against_all(np.full((2, 1), choice))[row] == each.rules_against(row, (choice,))
 
 
 def test_monitors_change_nothing_and_are_kept_apart() -> None:
@@ -253,6 +257,7 @@ def test_boxes_intersect(sides: list[Any], request_: Any, data: Any) -> None:
         broken = {f"r{index}" for index in range(len(sides)) if not inside[index]}
         if inside[-1]:  # a rule that allows the whole space has nothing to say of points beyond it
             assert set(found.rules_against(row, point)) - {"request"} == broken
+        assert found.rules_against_all(np.tile(point, (2, 1)))[row] == found.rules_against(row, point)
     assert found.recorded().shape == (2, 4)
 
 
@@ -271,6 +276,7 @@ def test_boxes_say_who_answers_by_the_ends_that_cross() -> None:
     assert found.nothing_left(0)
     assert found.rules_against(0, (0.25, 0.5)) == ("a", "b")
     assert found.monitors_against(0, (0.0, 0.0)) == ("d",)
+    assert found.monitors_against_all(np.zeros((1, 2))) == [("d",)]
     assert combine_box([*pairs, taking("f", 1)], None, POINTS, 1).instead == ("fallback",)
     assert combine_box(pairs[:1], None, POINTS, 1).instead == (None,)
     crossed = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
@@ -290,6 +296,11 @@ def test_constraints_without_rules_need_no_more_than_before() -> None:
     assert BoxConstraint(np.zeros((1, 1)), np.ones((1, 1))).on_empty(0) == "fallback"
     taken = BoxConstraint(np.zeros((1, 1)), np.ones((1, 1)), monitored=(Replaced("a", np.array([True])),))
     assert taken.monitors_against(0, (0.5,)) == ("a",)
+    assert taken.monitors_against_all(np.array([[0.5]])) == [("a",)]
+    assert Constraint(mask, (2,)).rules_against_all(np.array([[0]])) == [()]
+    tuples_too = combine([], None, TWO, 2, joint=True)
+    assert (tuples_too.mask.shape, tuples_too.nvec, tuples_too.factors) == ((2, 6), (6,), (2, 3))
+    assert tuples_too.mask.all()
     assert safest([]) == "fallback"
 
 
