@@ -50,7 +50,7 @@ def combine(
     by_rule = [] if request is None else [(REQUEST_RULE, masks.lifted(request))]
     for rule, verdict in roles.enforced:
         allowed = masks.of(verdict)
-        if not allowed.all():
+        if np.count_nonzero(allowed) < allowed.size:
             by_rule.append((rule.name, allowed))
     mask = _intersection([allowed for _, allowed in by_rule], (count, masks.width))
     explorable = None
@@ -224,7 +224,6 @@ def _emptied(constraint: Constraint | BoxConstraint) -> list[int]:
     else:
         if not constraint.by_rule:
             return []
-        empty = np.zeros(len(constraint.mask), dtype=np.bool_)
-        for part in columns(constraint.nvec):
-            empty |= ~constraint.mask[:, part].any(axis=1)
-    return np.flatnonzero(empty).tolist() if empty.any() else []
+        alive = [constraint.mask[:, part].any(axis=1) for part in columns(constraint.nvec)]
+        empty = ~(alive[0] if len(alive) == 1 else np.logical_and.reduce(alive))
+    return np.flatnonzero(empty).tolist()

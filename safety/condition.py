@@ -58,7 +58,9 @@ class Condition:
             found = self._root.over(batch.truth, False) if self._root.known else self._asked(batch, hidden)
             if hidden is not None:
                 found = found | hidden[:, None]
-        return np.broadcast_to(found, shape) if found.any() else None
+        if not np.count_nonzero(found):
+            return None
+        return found if found.shape == shape else np.broadcast_to(found, shape)
 
     def _asked(self, batch: Batch, hidden: Bools | None) -> Bools:
         """What is found when programs are run for every row of which the answer depends on them."""

@@ -77,7 +77,8 @@ class Constraint:
         found: list[tuple[str, ...]] = [()] * len(actions)
         if self.by_rule:
             at = self._columns_of(actions)
-            rows = np.flatnonzero(~self.mask[np.arange(len(at))[:, None], at].all(axis=1))
+            allowed = self.mask[np.arange(len(at))[:, None], at]
+            rows = np.flatnonzero(~(allowed[:, 0] if at.shape[1] == 1 else allowed.all(axis=1)))
             for row, columns_ in zip(rows.tolist(), at[rows].tolist(), strict=True):
                 found[row] = self._forbidding(row, columns_)
         return with_names(found, ((each.name, each.rows) for each in self.replaced))
