@@ -38,7 +38,9 @@ def constrain_box(allowed: Sequence[Bounds], space: Box) -> BoxConstraint:
     return BoxConstraint(*narrowed, ((REQUEST_RULE, *request),))
 
 
-def check(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[Allowed], nvec: Sequence[int]) -> Bools:
+def check(
+    actions: npt.ArrayLike, fallen: Sequence[bool] | Bools, allowed: Sequence[Allowed], nvec: Sequence[int]
+) -> Bools:
     """Look once more at drawn actions, [B, F]: bool [B], True where an action may leave.
 
     A row that fell back answers with the declared fallback, which rules do not mask; it must still exist.
@@ -53,7 +55,7 @@ def check(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[Allo
     return passed
 
 
-def check_box(actions: npt.ArrayLike, fallen: Sequence[bool], allowed: Sequence[Bounds], space: Box) -> Bools:
+def check_box(actions: npt.ArrayLike, fallen: Sequence[bool] | Bools, allowed: Sequence[Bounds], space: Box) -> Bools:
     """Look once more at drawn points, [B, D]: bool [B], True where a point may leave: within the space and the caller's
     box.
     """

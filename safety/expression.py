@@ -1,9 +1,9 @@
-"""CEL: text to checked programs, and what a row shows them. Pure; the only importer of the library.
+"""CEL: text to checked programs, and what may be shown to them. Pure; the only importer of the library.
 
 Duty: refuse at load what could not mean anything (unknown names and functions, `action` used as a value, macros within
 macros), and run programs so that whatever fails denies. What an expression forbids is `forbid.py`'s.
 Strategy: the library parses, `tokens.py` tells what the text names. Conversion to CEL values is what costs (a
-microsecond for each), so only what is named is shown, once for each row.
+microsecond for each), so it says what is named, and who shows rows shows no more.
 Promise: `denies` returns for every program and every view; False only where the program says false.
 """
 

@@ -46,9 +46,10 @@ class _Choice:
     def broken(self, drawn: Drawn) -> bool:
         return self.expression.holds(drawn, self.factor, self.shown(drawn.action))
 
-    def left(self, drawn: Drawn) -> bool:
-        """The same where Python cannot say it."""
-        return self.expression.runs(drawn, self.factor, self.shown(drawn.action))
+    def left(self, shown: object) -> Broken:
+        """The same of one action, where Python cannot say it."""
+        expression, factor = self.expression, self.factor
+        return lambda drawn: expression.runs(drawn, factor, shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +134,14 @@ class Recheck:
                 looks.append(look)
                 continue
             try:
-                answer = look.expression.reading(look.shown(action))
+                shown = look.shown(action)
+                answer = look.expression.reading(shown)
             except Exception:  # no action of this space
-                answer = True
+                return _Plan(True, (), ())
             if callable(answer):
                 tests.append(answer)
             elif answer is None:
-                looks.append(look.left)
+                looks.append(look.left(shown))
             always = always or answer is True
         return _Plan(always, tuple(tests), tuple(looks))
 

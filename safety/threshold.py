@@ -9,26 +9,25 @@ Promise: for finite numbers what CEL says of the comparison. What is said where 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from policies.types import Bools, Floats
 
-OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "==": operator.eq,
-    "!=": operator.ne,
+OPERATORS: Final[Mapping[str, np.ufunc]] = {
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+    "==": np.equal,
+    "!=": np.not_equal,
 }
 
 
-_Group = tuple[Callable[[Any, Any], Any], npt.NDArray[np.intp], Floats, npt.NDArray[np.intp]]
+_Group = tuple[np.ufunc, npt.NDArray[np.intp], Floats, npt.NDArray[np.intp]]
 
 
 class Thresholds:

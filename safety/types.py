@@ -72,7 +72,7 @@ class Constraint:
         """Names of the rules in monitor mode that would have forbidden `action`, or taken the row away."""
         return tuple(verdict.name for verdict in self.monitored if forbids(verdict, row, action, self._sizes))
 
-    def rules_against_all(self, actions: Ints) -> list[tuple[str, ...]]:
+    def rules_against_all(self, actions: npt.NDArray[Any]) -> list[tuple[str, ...]]:
         """The same as `rules_against` for each row's action, int64 [B, F]."""
         found: list[tuple[str, ...]] = [()] * len(actions)
         if self.by_rule:
@@ -83,7 +83,7 @@ class Constraint:
                 found[row] = self._forbidding(row, columns_)
         return with_names(found, ((each.name, each.rows) for each in self.replaced))
 
-    def monitors_against_all(self, actions: Ints) -> list[tuple[str, ...]]:
+    def monitors_against_all(self, actions: npt.NDArray[Any]) -> list[tuple[str, ...]]:
         """The same as `monitors_against` for each row's action, int64 [B, F]."""
         said = ((verdict.name, forbidden(verdict, actions, self._sizes)) for verdict in self.monitored)
         return with_names([()] * len(actions), said)
@@ -155,13 +155,13 @@ class BoxConstraint:
         """Names of the rules in monitor mode that would have forbidden `action`, or taken the row away."""
         return tuple(verdict.name for verdict in self.monitored if forbids(verdict, row, action, ()))
 
-    def rules_against_all(self, actions: Floats) -> list[tuple[str, ...]]:
+    def rules_against_all(self, actions: npt.NDArray[Any]) -> list[tuple[str, ...]]:
         """The same as `rules_against` for each row's action, float64 [B, D]."""
         outside = ((name, ~within(low, actions, high)) for name, low, high in self.by_rule)
         found = with_names([()] * len(actions), outside)
         return with_names(found, ((each.name, each.rows) for each in self.replaced))
 
-    def monitors_against_all(self, actions: Floats) -> list[tuple[str, ...]]:
+    def monitors_against_all(self, actions: npt.NDArray[Any]) -> list[tuple[str, ...]]:
         """The same as `monitors_against` for each row's action, float64 [B, D]."""
         said = ((verdict.name, forbidden(verdict, actions, ())) for verdict in self.monitored)
         return with_names([()] * len(actions), said)

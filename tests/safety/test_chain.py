@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.types import Box, Choices
-from safety.chain import check, check_box, constrain
+from safety.chain import check, check_box, constrain, constrain_box
 from safety.fallback import reason
 from safety.types import Constraint, FallbackReason
 
@@ -26,6 +28,20 @@ def test_constrain_and_check_agree_on_every_action(rows: list[list[int] | None],
     for action in range(n):
         looked = check([(action,)] * len(rows), [False] * len(rows), rows, [n])
         assert looked.tolist() == mask[:, action].tolist()
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.tuples(*[st.tuples(*[st.sampled_from([-1.0, 0.0, 0.5])] * 2)] * 2)), min_size=1),
+    st.tuples(*[st.sampled_from([-3.0, -1.0, 0.0, 0.25, 1.0])] * 2),
+)
+def test_constrain_and_check_agree_on_every_point(rows: list[Any], point: tuple[float, float]) -> None:
+    space = Box((-2.0, -1.0), (2.0, 0.5))
+    constraint = constrain_box(rows, space)
+    inside = ((constraint.low <= point) & (point <= constraint.high)).all(axis=1)
+    assert check_box([point] * len(rows), [False] * len(rows), rows, space).tolist() == inside.tolist()
+    assert check_box([point] * len(rows), [True] * len(rows), rows, space).tolist() == [space.validate(point)] * len(
+        rows
+    )
 
 
 def test_without_allowed_actions_everything_is_allowed_and_no_rule_speaks() -> None:

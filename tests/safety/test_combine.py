@@ -298,6 +298,9 @@ def test_constraints_without_rules_need_no_more_than_before() -> None:
     assert taken.monitors_against(0, (0.5,)) == ("a",)
     assert taken.monitors_against_all(np.array([[0.5]])) == [("a",)]
     assert Constraint(mask, (2,)).rules_against_all(np.array([[0]])) == [()]
+    joint = MaskedJointly("a", np.array([[True, False, True, True, True, True]] * 2))
+    watched = Constraint(np.ones((2, 5), dtype=np.bool_), TWO.nvec, monitored=(joint,))
+    assert watched.monitors_against_all(np.array([[0, 1], [1, 1]])) == [("a",), ()]
     tuples_too = combine([], None, TWO, 2, joint=True)
     assert (tuples_too.mask.shape, tuples_too.nvec, tuples_too.factors) == ((2, 6), (6,), (2, 3))
     assert tuples_too.mask.all()

@@ -137,6 +137,32 @@ def test_a_context_that_cannot_be_shown_denies_where_it_is_named(value: object) 
         assert look.broken(shown, (0,)) == ("rule",)
 
 
+def test_every_set_of_choices_may_be_forbidden() -> None:
+    seven = Choices((tuple("abcdefg"),))
+    rule = bound("context.list.exists(y, y == action.index)", seven)
+    for chosen in range(128):
+        among = [index for index in range(7) if chosen >> index & 1]
+        verdict = rule.judge(facts_of([row({"list": among})]))
+        assert (verdict is None) == (not among)
+        assert verdict is None or [permits(verdict, seven, 0, (i,)) for i in range(7)] == [
+            i not in among for i in range(7)
+        ]
+    both = rule.judge(facts_of([row({"list": [0]}), row({"list": [1]}), row({"list": []})]))
+    assert isinstance(both, Masked)
+    assert both.allowed[:, :3].tolist() == [[False, True, True], [True, False, True], [True, True, True]]
+
+
+def test_rows_that_comparisons_decide_ask_no_program() -> None:
+    when = "state.cpu > 0.5 && state.cpu < 0.3 && context.nowhere"
+    assert said(when, row(cpu=0.9), row(cpu=0.1)) is None
+    assert said(when.replace("0.3", "0.8"), row(cpu=0.9), row(cpu=0.7)) == [[True] * 4, [False] * 4]
+
+
+def test_a_context_of_many_keys_is_shown_too() -> None:
+    many = {f"k{i}": i for i in range(100)}
+    assert said("context.k7 == 7 && action.index == 0", row(many), row({"k7": 8})) == [[False, *[True] * 3], [True] * 4]
+
+
 def test_a_context_too_deep_denies() -> None:
     deep: list[Any] = []
     for _ in range(50_000):  # the library would convert it by recursion, and crash

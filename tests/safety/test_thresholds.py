@@ -231,6 +231,7 @@ UNKNOWN, TESTED = None, "tested"
             "action.kind == 'up'",
             "!true",
             "#",
+            "(true",
         )),
     ],
 )  # fmt: skip
