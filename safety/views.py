@@ -53,7 +53,7 @@ class Batch:
         self.ever: Sequence[bool] = cast(list[bool], self.truth.any(axis=0).tolist()) if len(thresholds) else ()
         self._observation = observation
         self._shared = shared
-        self._finite = bool(np.isfinite(facts.states).all())
+        self._finite: bool | None = None  # whether every number is; None: nobody has asked
         self._views: dict[int, View | None] = {}
         self._simple: bool | None = None  # whether every context is; None: nobody has asked
 
@@ -62,7 +62,7 @@ class Batch:
         none.
         """
         found = None
-        if not self._finite and needs.state != frozenset():
+        if needs.state != frozenset() and not self._all_finite():
             found = self._not_finite(needs.state)
         if needs.context != frozenset() and not self._all_simple():
             hides = [not self._showable(i, needs) for i in range(len(self.facts.contexts))]
@@ -78,6 +78,11 @@ class Batch:
         if row not in self._views:
             view = self._views[row] = self._built(row, self._shared)
         return self._built(row, needs) if view is None and needs != self._shared else view
+
+    def _all_finite(self) -> bool:
+        if self._finite is None:
+            self._finite = bool(np.isfinite(self.facts.states).all())
+        return self._finite
 
     def _all_simple(self) -> bool:
         if self._simple is None:

@@ -130,6 +130,21 @@ def test_arrays_and_python_say_what_cel_says(spec: ObservationSpec, written: tup
     holds()
 
 
+@pytest.mark.parametrize("written", ["state.x0 {} {}", "{1} {0} state.x0"])
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("number", PLAIN)
+def test_every_comparison_of_every_value(written: str, sign: str, number: str) -> None:
+    rule = Forbid(name="rule", when=written.format(sign, number))
+    states = np.array([[value, 0.0] for value in VALUES])
+    seen, no = facts(states, [None] * len(VALUES)), np.zeros(len(VALUES), dtype=np.bool_)
+    expected = [said_by_cel(rule.when, NAMED, state, None, 0) for state in states]
+    verdict = evaluator(rule, SPACE, NAMED).judge(seen)
+    assert isinstance(verdict, Masked)  # at least where the state is not finite
+    assert (~verdict.allowed[:, 0]).tolist() == expected
+    broken = Recheck([rule], SPACE, NAMED).broken_rows(seen, np.zeros((len(VALUES), 1)), no, no)
+    assert broken.tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("source", "columns"),
     [
