@@ -234,8 +234,8 @@ class Decider:
             for i in [] if each.passed.all() else np.flatnonzero(~each.passed).tolist():
                 log.error("check_failed", policy=self._policy, decision=each.group.ids[i])
             if each.judged.constraint.monitored:
-                for i, action in enumerate(each.actions.tolist()):
-                    for rule in each.judged.constraint.monitors_against(i, action):
+                for rules in each.judged.constraint.monitors_against_all(each.actions):
+                    for rule in rules:
                         self._metrics.monitored.labels(self._policy, rule).inc()
 
     async def _record(self, answers: Answers, settled: list[Settled], seen: list[Settled]) -> list[Outcome]:

@@ -23,7 +23,6 @@ from policies.types import Bools, Box, Choices, Floats, Target
 from safety import budget
 from safety.chain import check, check_box
 from safety.joint import to_indices, to_tuples
-from safety.recheck import rows_of
 from safety.types import BoxConstraint, Constraint
 from service.allowance import Terms
 from service.judge import Judged
@@ -64,7 +63,7 @@ def _choices(group: Group, judged: Judged, space: Choices, terms: Terms, draw_ke
     if constraint.factors:
         drawn = replace(drawn, actions=to_tuples(drawn.actions[:, 0], constraint.factors))
         proposed = to_tuples(proposed[:, 0], constraint.factors)
-    passed = check(drawn.actions.tolist(), behaviour.fallback.tolist(), group.masks, space.nvec)
+    passed = check(drawn.actions, behaviour.fallback, group.masks, space.nvec)
     passed &= _unbroken(judged, drawn.actions, drawn.explored, behaviour.fallback)
     return Settled(
         group=group,
@@ -88,9 +87,7 @@ def _unbroken(judged: Judged, actions: npt.NDArray[Any], explored: Bools, fallen
     """The last look at rules: bool [B], True where a drawn action breaks none. A fallback is not looked at."""
     if judged.bound is None or judged.facts is None:
         return np.ones(len(actions), dtype=np.bool_)
-    rows, recheck = rows_of(judged.facts), judged.bound.recheck
-    looked = zip(rows, actions.tolist(), explored.tolist(), fallen.tolist(), strict=True)
-    return np.array([fell or not recheck.broken(row, action, by_chance) for row, action, by_chance, fell in looked])
+    return ~judged.bound.recheck.broken_rows(judged.facts, actions, explored, fallen)
 
 
 def _weights(wanted: Target, mask: Bools, explorable: Bools | None, temperature: float | None) -> Floats | None:
@@ -123,7 +120,7 @@ def _points(group: Group, judged: Judged, space: Box, terms: Terms, draw_key: by
     behaviour = continuous.behave(wanted, transform, box, spent.epsilon, sigma, fallback)
     drawn = continuous.draw(behaviour, u)
     paid = budget.point_prices(drawn.actions, behaviour.centre, *space.bounds) if terms.priced else np.zeros(len(u))
-    passed = check_box(drawn.actions.tolist(), behaviour.fallback.tolist(), group.boxes, space)
+    passed = check_box(drawn.actions, behaviour.fallback, group.boxes, space)
     passed &= np.isfinite(drawn.log_propensity)  # whatever was drawn had a chance to be
     passed &= _unbroken(judged, drawn.actions, drawn.explored, behaviour.fallback)
     return Settled(

@@ -63,12 +63,9 @@ class SettledRows:
         self._fallback_action = None if declared is None else space.wire(declared)
         self._texts = list(map(action_text, self._actions))
         constraint = settled.judged.constraint
-        self._rules = (
-            [constraint.rules_against(i, action) for i, action in enumerate(proposed)]
-            if constraint.by_rule or constraint.replaced
-            else None
-        )
-        self._monitored = bool(constraint.monitored)
+        ruled = constraint.by_rule or constraint.replaced
+        self._rules = constraint.rules_against_all(settled.proposed) if ruled else None
+        self._monitored = constraint.monitors_against_all(settled.actions) if constraint.monitored else None
         self._points = None
         if not isinstance(settled.drawn, Drawn):
             self._points = Points(settled.drawn, cast("PointBehaviour", settled.behaviour), bundle)
@@ -192,8 +189,8 @@ class SettledRows:
             own["window"], own["price"] = self._settled.windows, self._paid[i]
         if self._group.switched[i]:
             own["switched"] = True
-        if self._monitored:
-            own["monitored"] = self._settled.judged.constraint.monitors_against(i, self._actions[i])
+        if self._monitored and self._monitored[i]:
+            own["monitored"] = self._monitored[i]
         self._add_parts(own, i)
 
     def _add_parts(self, own: Own, i: int) -> None:
