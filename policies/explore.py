@@ -131,8 +131,10 @@ def _masked(target: Target, mask: Bools) -> tuple[Floats, Bools]:
     if target.greedy:
         own, rows = np.zeros(mask.shape), np.arange(len(mask))
         some = np.ones(len(mask), dtype=np.bool_)
-        for part in parts:
-            best = part.start + np.where(mask[:, part], target.scores[:, part], -np.inf).argmax(axis=1)
+        for factor, part in enumerate(parts):
+            best = part.start + target.best[:, factor]
+            if not mask[rows, best].all():
+                best = part.start + np.where(mask[:, part], target.scores[:, part], -np.inf).argmax(axis=1)
             left = mask[rows, best]
             own[rows, best] = left  # an empty mask leaves no mass
             some &= left

@@ -34,8 +34,10 @@ def target(
     """
     sizes = (outputs.shape[1],) if nvec is None else tuple(nvec)
     values = outputs.astype(np.float64)
-    faulty: Bools = ~np.all(np.isfinite(values), axis=1)
-    if faulty.any():
+    faulty: Bools = np.zeros(len(values), dtype=np.bool_)
+    finite = np.isfinite(values)
+    if not finite.all():
+        faulty = np.asarray(~finite.all(axis=1))
         values[faulty] = 0.0
     if head == "q_values" and temperature is None:
         return Target(values, greedy=True, faulty=faulty, nvec=sizes)

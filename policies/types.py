@@ -322,9 +322,18 @@ class Target:
             return self.scores
         hot = np.zeros(self.scores.shape)
         rows = np.arange(len(hot))
-        for part in columns(self.nvec):
-            hot[rows, part.start + np.argmax(self.scores[:, part], axis=1)] = 1.0
-        return hot * ~self.faulty[:, None]
+        for factor, part in enumerate(columns(self.nvec)):
+            hot[rows, part.start + self.best[:, factor]] = 1.0
+        if self.faulty.any():
+            hot[self.faulty] = 0.0
+        return hot
+
+    @cached_property
+    def best(self) -> Ints:
+        """The choice of each factor with the largest score, the first of several, int64 [B, F]."""
+        if len(self.nvec) == 1:
+            return np.asarray(self.scores.argmax(axis=1)[:, None], dtype=np.int64)
+        return np.stack([self.scores[:, part].argmax(axis=1) for part in columns(self.nvec)], axis=1)
 
 
 def columns(nvec: Sequence[int]) -> list[slice]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import structlog
+from prometheus_client import Counter
 
 from policies.errors import LedgerBroken, LedgerFull, Unconfirmed
 from policies.route import Assignment, assign, unit_of
@@ -61,6 +62,7 @@ class Decider:
         self._keyring = keyring
         self._clock = clock
         self._metrics = metrics
+        self._overrides: dict[str, Counter] = {}  # by rule
         self._batch_rows = metrics.batch_rows.labels(plan.policy)
         self._inference = inference
         self._random = random
@@ -271,7 +273,10 @@ class Decider:
         """Count what most answers have nothing of."""
         self._metrics.version(outcome.policy, outcome.version).count_rare(outcome)
         for rule in outcome.safety.rules:
-            self._metrics.overrides.labels(outcome.policy, rule).inc()
+            counter = self._overrides.get(rule)
+            if counter is None:
+                counter = self._overrides[rule] = self._metrics.overrides.labels(self._policy, rule)
+            counter.inc()
         if outcome.safety.stand_in is not None:
             reason = outcome.safety.stand_in.partition(":")[0]
             self._metrics.stand_ins.labels(outcome.policy, reason).inc()

@@ -259,10 +259,15 @@ def shared(fields: Mapping[str, object]) -> Shared:
     return Shared(*_split({k: v for k, v in fields.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}))
 
 
-def encode_record_of(common: Shared, own: Mapping[str, object]) -> bytes:
-    """Encode a record whose fields are these and no others, as `encode_record` would but for their order."""
+def record_of(common: Shared, own: Mapping[str, object]) -> msgspec.Raw:
+    """Encode a record whose fields are these and no others, as an event holds it.
+
+    It reads as what `encode_record` makes of the same fields; their order differs.
+    """
     count, body = _split(own)
-    return b"\xde" + (common.fields + count).to_bytes(2, "big") + common.body + body
+    size = 3 + len(common.body) + len(body)
+    fields = (common.fields + count).to_bytes(2, "big")
+    return msgspec.Raw(b"".join((_str_head(size), b"\xde", fields, common.body, body)))
 
 
 def _split(fields: Mapping[str, object]) -> tuple[int, bytes]:
@@ -270,16 +275,8 @@ def _split(fields: Mapping[str, object]) -> tuple[int, bytes]:
     return len(fields), _encoder.encode(fields)[1 if len(fields) < 16 else 3 :]
 
 
-def event_columns(
-    id: str, episode: str, step: int, due_ms: int, at_ms: int, action: str, state: msgspec.Raw, mask: msgspec.Raw,
-    record: bytes, log_propensity: str, flags: int,
-) -> tuple[object, ...]:  # fmt: skip
-    """A `DecisionEvent` as `encode_columns` takes it; state and mask by `raws`."""
-    return (id, episode, step, due_ms, at_ms, action, state, mask, _raw(record), log_propensity, flags, "D")
-
-
 def encode_columns(events: list[tuple[object, ...]]) -> bytes:
-    """As `encode_events`, of what `event_columns` gave."""
+    """As `encode_events`, of `DecisionEvent`s as tuples, their bytes by `raws` and `record_of`."""
     return _encoder.encode(events)
 
 

@@ -177,10 +177,9 @@ class HotRoutes:
     async def _act_batch(self, head: Head, body: bytes, caller: Caller) -> Reply:
         policy, rows = self._questions.several(head, body, caller)
         outcomes = await policy.coalescer.decide(rows)
-        for outcome, row in zip(outcomes, rows, strict=True):
-            if isinstance(outcome, ActResponse):
-                took_s = self._clock.monotonic_s() - row.arrived_s
-                self._metrics.version(outcome.policy, outcome.version).duration.observe(took_s)
+        took_s = self._clock.monotonic_s() - rows[0].arrived_s
+        for version in {outcome.version for outcome in outcomes if isinstance(outcome, ActResponse)}:
+            self._metrics.version(policy.name, version).duration.observe(took_s)
         generations = [outcome.generation for outcome in outcomes if isinstance(outcome, ActResponse)]
         # A batch cut in several may see two: the earlier is what all rows have at least.
         generation = min(generations, default=policy.coalescer.decider.plan.generation)

@@ -75,11 +75,13 @@ class Keyring:
     def mint(self, at_ms: int, policy: bytes, random: bytes, partition: int = 0) -> list[str]:
         """Make len(random) / RANDOM_BYTES ids, signed with the first key."""
         head = at_ms.to_bytes(6, "big") + policy + bytes([partition])
-        tail, key = bytes([self.signing.kid]), self.signing.tag
+        tail, keyed = bytes([self.signing.kid]), blake2b(digest_size=_TAG_BYTES, key=self.signing.tag)
         ids = []
         for start in range(0, len(random), RANDOM_BYTES):
             body = head + random[start : start + RANDOM_BYTES] + tail
-            ids.append((body + blake2b(body, digest_size=_TAG_BYTES, key=key).digest()).hex())
+            tag = keyed.copy()  # costs a third of another one
+            tag.update(body)
+            ids.append((body + tag.digest()).hex())
         return ids
 
     def verify(self, text: str) -> DecisionId:

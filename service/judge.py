@@ -103,19 +103,25 @@ def _ruled(group: Group, ruling: Ruling | None, past: Past | None) -> Judged:
     none: list[Any] = [None] * count
     if ruling is None:
         return Judged(wanted, _allowed(group), none, None, none)
-    past = past or Past.unasked(count)
+    previous: list[tuple[float, ...] | None] = [row.previous for row in group.rows]
+    known = np.array([action is not None for action in previous])
+    if past is not None:
+        previous = [said or before for said, before in zip(previous, past.previous, strict=True)]
+        known |= past.known
     bound = ruling.bind(bundle, bundle.version == group.plan.baseline)
     facts = Facts(
         states=group.states,
         contexts=[row.context for row in group.rows],
         keys=[row.key for row in group.rows],
-        previous=[row.previous or before for row, before in zip(group.rows, past.previous, strict=True)],
-        past=past.known | np.array([row.previous is not None for row in group.rows]),
+        previous=previous,
+        past=known,
         scores=wanted.scores if isinstance(wanted, Target) else None,
         greedy=isinstance(wanted, Target) and wanted.greedy,
         faulty=wanted.faulty,
     )
-    said = bound.filter.judge(facts).with_verdicts(past.verdicts)
+    said = bound.filter.judge(facts)
+    if past is not None:
+        said = said.with_verdicts(past.verdicts)
     constraint = _constraint(group, said.pairs, ruling, joint=bound.filter.joint)
     if isinstance(constraint, Constraint) and isinstance(wanted, Target) and constraint.factors:
         wanted = lift_target(wanted)

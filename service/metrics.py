@@ -76,7 +76,9 @@ class Metrics:
         self._decisions = self._counter("decisions", "Decisions answered.", "policy", "version", "role")
         self._fallbacks = self._counter("fallbacks", "Decisions the fallback answered.", "policy", "version", "reason")
         self._explored = self._counter("explored", "Decisions drawn by the exploring part.", "policy", "version")
-        self._duration = self._histogram("act_duration", "From the parsed request to its answer.", "policy", "version")
+        self._duration = self._histogram(
+            "act_duration", "From the parsed request to its answer; a batch counts once.", "policy", "version"
+        )
         self._inference = self._histogram("inference_duration", "One call of the network.", "policy", "version")
         self.batch_rows = Histogram(
             "surefoot_batch_rows", "Rows decided together.", ["policy"], buckets=ROWS, registry=registry

@@ -11,9 +11,9 @@ Promise: a row that leaves here has the policy's shape, and every number of it i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,8 @@ from service.tracing import Tracing
 from service.wire import ActFields
 
 NEEDS_EPISODE = "this policy remembers what it saw, episode by episode: name the episode, and send its step"
+Said = TypeVar("Said")
+Found = TypeVar("Found")
 COLUMNS = ("keys", "episodes", "steps", "contexts", "allowed_actions", "previous_actions")
 
 # From about here on numpy, which takes 2 µs for any array, is faster than 40 ns for each number.
@@ -98,31 +100,39 @@ class Questions:
         request = asked.fields
         sent = asked.states(policy.states, self._max_batch)
         count = len(sent)
-        columns = {name: getattr(request, name) for name in COLUMNS}
-        for name, column in columns.items():
+        for name in COLUMNS:
+            column = getattr(request, name)
             if column is not None and len(column) != count:
                 raise InvalidField(f"there are {count} states, but {len(column)} {name}", name)
-        states = _finite(policy, sent, [f"states[{index}]" for index in range(count)])
+        array = _finite(policy, sent, "states")
         empty = [None] * count
-        if policy.coalescer.decider.plan.recurrent and None in (columns["episodes"] or empty):
-            raise MissingField(NEEDS_EPISODE, f"episodes[{(columns['episodes'] or empty).index(None)}]")
+        episodes = request.episodes or empty
+        if policy.coalescer.decider.plan.recurrent and None in episodes:
+            raise MissingField(NEEDS_EPISODE, f"episodes[{episodes.index(None)}]")
+        # Small lists become arrays again with their batch, whose rows may be of several requests.
+        states: Iterable[State] = sent if policy.beyond is not None and isinstance(sent, list) else array
+        columns = (
+            request.keys or empty,
+            episodes,
+            request.steps or empty,
+            request.contexts or empty,
+            _each(request.allowed_actions, "allowed_actions", policy, read_allowed) or empty,
+            _each(request.previous_actions, "previous_actions", policy, _read_action) or empty,
+        )
+        explore = request.explore
         return [
-            Row(
-                state=states[i],
-                key=(columns["keys"] or empty)[i],
-                episode=(columns["episodes"] or empty)[i],
-                step=(columns["steps"] or empty)[i],
-                context=(columns["contexts"] or empty)[i],
-                allowed=read_allowed((columns["allowed_actions"] or empty)[i], policy.action, f"allowed_actions[{i}]"),
-                previous=_read_action(
-                    (columns["previous_actions"] or empty)[i], policy.action, f"previous_actions[{i}]"
-                ),
-                explore=request.explore,
-                traceparent=traceparent,
-                arrived_s=arrived_s,
-            )
-            for i in range(count)
+            Row(state, key, episode, step, context, allowed, previous, explore, (), traceparent, arrived_s)
+            for state, key, episode, step, context, allowed, previous in zip(states, *columns, strict=True)
         ]
+
+
+def _each(
+    column: Sequence[Said] | None, name: str, policy: Served, read: Callable[[Said, ActionSpec, str], Found]
+) -> list[Found] | None:
+    """Read a column about actions, naming the element that cannot be."""
+    if column is None:
+        return None
+    return [read(each, policy.action, f"{name}[{index}]") for index, each in enumerate(column)]
 
 
 def _row(policy: Served, fields: ActFields, state: State, traceparent: str | None, arrived_s: float) -> Row:
@@ -151,20 +161,21 @@ def _finite_one(policy: Served, state: State) -> State:
                 break
         else:
             return state
-    found: State = _finite(policy, [state], ["state"])[0]
+    found: State = _finite(policy, [state])[0]
     return found
 
 
-def _finite(policy: Served, states: States, names: Sequence[str]) -> npt.NDArray[np.floating]:
+def _finite(policy: Served, states: States, field: str | None = None) -> npt.NDArray[np.floating]:
     """Give observations as one array [B, *shape] of the spec's dtype, refusing what it cannot hold.
 
-    JSON itself has no NaN, but 1e300 is infinite as float32.
+    JSON itself has no NaN, but 1e300 is infinite as float32. field: that lists them; None: there is one, `state`.
     """
     array = policy.observation.array(states)
     index = policy.observation.first_not_finite(array)
     if index is not None:
         found = policy.observation.refuse_not_finite(array[index])
-        raise NotFinite(found.detail, names[index] + (found.field or "").removeprefix("state"))
+        name = "state" if field is None else f"{field}[{index}]"
+        raise NotFinite(found.detail, name + (found.field or "").removeprefix("state"))
     return array
 
 

@@ -25,9 +25,8 @@ from service.decision import (
     DecisionFlags,
     Shared,
     action_text,
-    encode_record_of,
-    event_columns,
     raws,
+    record_of,
     shared,
 )
 from service.plan import Row, Settled
@@ -69,8 +68,11 @@ class SettledRows:
         self._points = None
         if not isinstance(settled.drawn, Drawn):
             self._points = Points(settled.drawn, cast("PointBehaviour", settled.behaviour), bundle)
+        some = (self._exploring, self._joint, self._frozen, self._monitored)
+        self._has_parts = any(some) or any(group.state_reset) or any(group.switched)
         self._common: tuple[Assignment | None, str | None, Shared] = (None, None, Shared(0, b""))
         self._explorations: dict[float, Exploration] = {}
+        self._untouched: dict[object, Safety] = {}  # by the action that was proposed
         self._logs: dict[float, str] = {}
 
     def _take_arrays(self, settled: Settled) -> None:
@@ -128,7 +130,7 @@ class SettledRows:
         self._add_rare(own, i, rules, fallback)
         if points:
             own |= points
-        event = event_columns(
+        event = (
             group.ids[i],
             row.episode or "",
             -1 if row.step is None else row.step,
@@ -137,9 +139,10 @@ class SettledRows:
             self._texts[i],
             self._states[i],
             self._masks[i],
-            encode_record_of(self._shared(assigned, stand_in), own),
+            record_of(self._shared(assigned, stand_in), own),
             self._log_text(propensity, log_propensity),
             int(DecisionFlags.SWITCHED) if group.switched[i] else 0,
+            "D",
         )
         answer = ActResponse(
             decision_id=group.ids[i],
@@ -154,7 +157,7 @@ class SettledRows:
             propensity_reason=None if passed else "check_failed",
             explored=self._explored[i],
             exploration=self._exploration(self._epsilon[i]),
-            safety=Safety(bool(rules), cast(Any, self._proposals[i]), rules, stand_in),
+            safety=self._safety(i, rules, stand_in),
             fallback=fallback,
             logged=True,
             switched=group.switched[i],
@@ -187,14 +190,15 @@ class SettledRows:
             own["masked_mass"] = self._masked[i]
         if self._explored[i]:
             own["window"], own["price"] = self._settled.windows, self._paid[i]
+        if self._has_parts:
+            self._add_parts(own, i)
+
+    def _add_parts(self, own: Own, i: int) -> None:
+        """What only some kinds of policies have, or rows among few."""
         if self._group.switched[i]:
             own["switched"] = True
         if self._monitored and self._monitored[i]:
             own["monitored"] = self._monitored[i]
-        self._add_parts(own, i)
-
-    def _add_parts(self, own: Own, i: int) -> None:
-        """What only some kinds of policies have."""
         if self._group.state_reset[i]:
             own["state_reset"] = True
         if self._exploring:
@@ -243,6 +247,14 @@ class SettledRows:
         if self._group.stand_in is None:
             return assigned
         return "champion" if self._bundle.version == self._plan.routes.champion else "baseline"
+
+    def _safety(self, i: int, rules: tuple[str, ...], stand_in: str | None) -> Safety:
+        if rules or stand_in is not None or not isinstance(name := self._proposals[i], str):
+            return Safety(bool(rules), cast(Any, self._proposals[i]), rules, stand_in)
+        found = self._untouched.get(name)
+        if found is None:
+            found = self._untouched[name] = Safety(False, name, ())
+        return found
 
     def _exploration(self, epsilon: float) -> Exploration:
         found = self._explorations.get(epsilon)

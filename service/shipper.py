@@ -32,7 +32,7 @@ from service.shipcall import Acks, Confirm, Gap, Refused, ShipCall, Shipped
 from service.spool_file import Row
 from service.verdicts import Verdicts
 
-BATCH_EVENTS = 64  # a call goes out at once when this many wait
+BATCH_EVENTS = 256  # a call goes out at once when this many wait
 MAX_EVENTS = 256
 MAX_BYTES = 4 << 20
 LINGER_S = 0.05

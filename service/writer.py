@@ -28,8 +28,8 @@ from service.spool_file import Row
 # One commit holds at most this much, so that its first row does not wait for a flood behind it.
 MAX_COMMIT_ROWS = 1024
 MAX_COMMIT_BYTES = 4 << 20
-# A commit takes some 30 µs. One that took so long has waited for the disk, and others behind it will.
-SLOW_S = 0.002
+# A commit takes microseconds. One that took so long has waited for the disk, and others behind it will.
+SLOW_S = 0.005
 ASIDE_S = 1.0
 # Above the reserve: 16 of the largest commits, so that low disk is known before one is refused.
 SCARCE_BYTES = 64 << 20

@@ -357,7 +357,9 @@ def test_rows_that_arrive_together_share_one_call_and_get_their_own_answers() ->
             outcomes = [await future for future in futures]
             assert calls == [8, 8, 4]
             assert [event.episode for event in recorded(ledger)] == [f"e{i}" for i in range(20)]
-            assert [answered(list(each))[0].decision_id for each in outcomes] == [event.id for event in recorded(ledger)]
+            assert [answered(list(each))[0].decision_id for each in outcomes] == [
+                event.id for event in recorded(ledger)
+            ]
             assert len(await coalescer.decide(rows(*([0.0, 1.0] for _ in range(20))))) == 20
             await coalescer.aclose()
             assert coalescer.statistics() == {"waiting": 0, "running": 0}

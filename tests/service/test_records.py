@@ -25,9 +25,8 @@ from service.decision import (
     encode_columns,
     encode_events,
     encode_record,
-    encode_record_of,
-    event_columns,
     raws,
+    record_of,
     shared,
 )
 from service.history import describe
@@ -82,19 +81,24 @@ def test_a_record_in_two_parts_is_the_record(rare: dict[str, object], data: st.D
     fields = SOME | rare
     common = data.draw(st.sets(st.sampled_from(sorted(fields))), label="in common")
     parts = [{k: v for k, v in fields.items() if (k in common) == wanted} for wanted in (True, False)]
-    assert decode_record(encode_record_of(shared(parts[0]), parts[1])) == Record(**fields)  # type: ignore[arg-type]
+    raw = raws(np.zeros((1, 1), dtype=np.uint8))[0]
+    event = ("i", "", -1, 9, 1, "0", raw, raw, record_of(shared(parts[0]), parts[1]), "", 0, "D")
+    (read,) = decode_events(encode_columns([event]))
+    assert isinstance(read, DecisionEvent)
+    assert decode_record(read.record) == Record(**fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 8, 8), (2, 40_000)])
 @pytest.mark.parametrize("dtype", ["<f4", "<f8", "|b1"])
 def test_rows_of_an_array_stand_in_an_event_as_their_bytes(shape: tuple[int, ...], dtype: str) -> None:
     array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-    columns = [
-        event_columns("i", "", -1, 9, 1, "0", state, mask, b"r", "", 0)
+    record = record_of(shared({}), {})
+    columns: list[tuple[object, ...]] = [
+        ("i", "", -1, 9, 1, "0", state, mask, record, "", 0, "D")
         for state, mask in zip(raws(array), raws(array[::-1]), strict=True)
     ]
     expected = [
-        DecisionEvent("i", "", -1, 9, 1, "0", one.tobytes(), other.tobytes(), b"r")
+        DecisionEvent("i", "", -1, 9, 1, "0", one.tobytes(), other.tobytes(), b"\xde\0\0")
         for one, other in zip(array, array[::-1], strict=True)
     ]
     assert decode_events(encode_columns(columns)) == expected
