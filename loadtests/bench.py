@@ -37,16 +37,9 @@ from loadtests.servers import Running, interpreter, running
 from loadtests.targets import verdicts
 
 COLLECTOR = Spec("collector", "empty")  # answers to traces, on the driver's core
-# File descriptors: a thousand connections, and what Python holds.
-DESCRIPTORS = 4096
 TIMES = ("seconds", "warm_s", "rate")
 FULL = {"repetitions": 5, "seconds": 3.0, "warm_s": 1.0}
 QUICK = {"repetitions": 1, "seconds": 1.0, "warm_s": 0.3}
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 class Bench:
@@ -147,25 +140,6 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
             setattr(options, name, value)
     options.repetitions = int(options.repetitions)
     return options
-
-
-def machine(cores: Cores, options: argparse.Namespace) -> dict[str, Any]:
-    """What a figure must never be read without."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "pinned": {"server": cores.server, "driver": cores.driver, "store": cores.store},
-        "system": platform.release(),
-        "python": platform.python_version(),
-        "load_before": os.getloadavg(),
-        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "options": {name: getattr(options, name) for name in ("quick", "repetitions", "store", *TIMES)},
-    }
 
 
 def main(arguments: Sequence[str]) -> int:

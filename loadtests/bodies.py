@@ -19,6 +19,7 @@ JSON, RAW = "application/json", "application/octet-stream"
 DIFFERENT = 64
 DIFFERENT_ROWS = 4  # of large bodies: images, batches
 KEYS = 1000
+SPREAD = tuple(f"k{i * 17 % KEYS}" for i in range(DIFFERENT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,15 @@ class Asking:
         ]
 
 
-def acts(network: Network, *, raw: bool = False, context: bool = True) -> Asking:
-    """Single decisions, in JSON or as raw numbers (docs/binary-states.md)."""
+def acts(network: Network, *, raw: bool = False, context: bool = True, keys: Sequence[str] = SPREAD) -> Asking:
+    """Single decisions, in JSON or as raw numbers (docs/binary-states.md), for as many of the keys as there are bodies."""
     found = states(network, DIFFERENT_ROWS if network.image else DIFFERENT)
     if raw:
         fields = json.dumps({"policy": POLICY, "key": "k0"}).encode()
         return Asking("/v1/act", _raw_headers(network.shape, len(fields)), [fields + _packed(state) for state in found])
     extra = {"context": {"hour": 10}} if context else {}
     bodies = [
-        json.dumps({"policy": POLICY, "state": _numbers(state), "key": f"k{i * 17 % KEYS}", **extra}).encode()
+        json.dumps({"policy": POLICY, "state": _numbers(state), "key": keys[i], **extra}).encode()
         for i, state in enumerate(found)
     ]
     return Asking("/v1/act", {"Content-Type": JSON}, bodies)
@@ -77,6 +78,29 @@ def batches(network: Network, rows: int) -> Asking:
     return Asking("/v1/act/batch", {"Content-Type": JSON}, bodies, rows)
 
 
+def raw_batches(network: Network, rows: int) -> Asking:
+    """Batches as raw numbers, the way for large ones."""
+    fields = json.dumps({"policy": POLICY}).encode()
+    found = states(network, rows)
+    return Asking("/v1/act/batch", _raw_headers(found.shape, len(fields)), [fields + _packed(found)], rows)
+
+
+def keyed(network: Network, keys: Sequence[str]) -> bytes:
+    """One batch, a row for each key."""
+    drawn = [_numbers(state) for state in states(network, DIFFERENT)]
+    fields = {"policy": POLICY, "states": [drawn[i % DIFFERENT] for i in range(len(keys))], "keys": list(keys)}
+    return json.dumps(fields).encode()
+
+
+def rewards(decisions: Sequence[str], rows: int) -> Asking:
+    """A reward for each decision, so many in a request."""
+    bodies = [
+        json.dumps({"rewards": [{"decision_id": each, "reward": 1.0} for each in decisions[at : at + rows]]}).encode()
+        for at in range(0, len(decisions), rows)
+    ]
+    return Asking("/v1/reward/batch", {"Content-Type": JSON}, bodies, rows)
+
+
 def _numbers(state: npt.NDArray[np.float32]) -> list[float]:
     """As a caller writes them: 0.1234, not the float32's seventeen digits."""
     whole = state.astype(np.float64).round(4)
@@ -85,13 +109,13 @@ def _numbers(state: npt.NDArray[np.float32]) -> list[float]:
 
 
 def _packed(state: npt.NDArray[np.float32]) -> bytes:
-    return bytes(state.astype("|u1" if state.ndim > 1 else "<f4").tobytes())
+    return bytes(state.astype("|u1" if state.ndim > 2 else "<f4").tobytes())
 
 
 def _raw_headers(shape: tuple[int, ...], length: int) -> dict[str, str]:
     return {
         "Content-Type": RAW,
-        "Surefoot-Dtype": "|u1" if len(shape) > 1 else "<f4",
+        "Surefoot-Dtype": "|u1" if len(shape) > 2 else "<f4",
         "Surefoot-Shape": ",".join(map(str, shape)),
         "Inference-Header-Content-Length": str(length),
     }

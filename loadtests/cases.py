@@ -34,6 +34,9 @@ class Spec:
     tracing: bool = False
     shadow: bool = False
     policies: int = 1
+    limits: int = 0  # rate rules that count each key
+    device: str = "cpu"
+    max_body_bytes: int = 0  # 0: as the service has it
 
 
 @dataclass(frozen=True, slots=True)

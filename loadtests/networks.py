@@ -122,6 +122,12 @@ def contextual(count: int) -> list[dict[str, Any]]:
     return [_forbid(f"night-{i}", f"has(context.hour) && context.hour < {i % 6}", i) for i in range(count)]
 
 
+def limits(count: int) -> list[dict[str, Any]]:
+    """So many rules that count each key's executions, of all actions, and never deny one."""
+    rule = {"kind": "rate", "actions": [f"a{i}" for i in range(ACTIONS)], "limit": 10**6, "window_s": WINDOW_S}
+    return [{**rule, "name": f"often-{i}", "per": "key", "except_fallback": True} for i in range(count)]
+
+
 def _forbid(name: str, condition: str, number: int) -> dict[str, Any]:
     action = f"a{1 + number % (ACTIONS - 1)}"  # a0 is the fallback, which no rule may forbid
     return {"kind": "forbid", "name": name, "when": f'{condition} && action.name == "{action}"'}
@@ -133,14 +139,15 @@ def write_policy(
     """Write a policy below `root` as Surefoot loads it: v1 decides, v2, where there is one, watches."""
     folder = root / policy
     for version, seed in (("v1", DECIDES), *((("v2", WATCHES),) if shadow else ())):
-        _write_version(folder / version, network, policy, version, seed)
+        write_version(folder / version, network, version, seed, policy=policy)
     deployment: dict[str, Any] = {"schema": 1, "policy": policy, "champion": "v1", "reward": {"window_s": WINDOW_S}}
     _write_yaml(folder / "deployment.yaml", deployment | ({"shadows": ["v2"]} if shadow else {}))
     if rules:
         _write_yaml(folder / "safety.yaml", {"schema": 1, "policy": policy, "rules": list(rules)})
 
 
-def _write_version(folder: Path, network: Network, policy: str, version: str, seed: int) -> None:
+def write_version(folder: Path, network: Network, version: str, seed: int, *, policy: str = POLICY) -> None:
+    """Write the bundle of one version, with weights of its own."""
     folder.mkdir(parents=True)
     network_bytes = model(network, seed)
     golden = states(network, 2 if network.image else 8)

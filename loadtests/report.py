@@ -33,13 +33,13 @@ LATE = 0.01
 FIGURES = ("per_s", "p50_us", "p99_us", "p999_us", "cpu_us", "store_cpu_us", "peak_mb", "ready_s", "goodput")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _with_spread(row: Row, figure: str) -> str:
+def with_spread(row: Row, figure: str) -> str:
     spread = row.spread(figure)
-    return _number(row.median(figure)) + ("" if spread is None else f" ±{100 * spread:.0f}%")
+    return number(row.median(figure)) + ("" if spread is None else f" ±{100 * spread:.0f}%")
 
 
 def _ratios(row: Row, labels: Sequence[str], rows: Mapping[str, Row], figure: str = "per_s") -> str:
@@ -56,7 +56,7 @@ def _all_ratios(row: Row, labels: Sequence[str], rows: Mapping[str, Row], figure
 
 def _besides(row: Row) -> str:
     """What else there is to know of a row, above all what speaks against it."""
-    said = [f"{_number(row.total(name))} {name}" for name in ("refused", "failed", "given up") if row.total(name)]
+    said = [f"{number(row.total(name))} {name}" for name in ("refused", "failed", "given up") if row.total(name)]
     for figure, text in (("ready_s", "ready in {} s"), ("goodput", "goodput {} of peak")):
         if (value := row.median(figure)) is not None:
             said.append(text.format(f"{value:.2f}"))
@@ -69,9 +69,9 @@ def _besides(row: Row) -> str:
 
 def cells(row: Row, labels: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
     """One line of a table."""
-    plain = [_number(row.median(name)) for name in FIGURES[1:7]]
+    plain = [number(row.median(name)) for name in FIGURES[1:7]]
     ratios = [_ratios(row, labels, rows, figure) for figure in ("per_s", "cpu_us")]
-    return [row.name, _with_spread(row, "per_s"), *ratios, *plain, _besides(row)]
+    return [row.name, with_spread(row, "per_s"), *ratios, *plain, _besides(row)]
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -100,7 +100,7 @@ def tables(groups: Iterable[Group], rows: Mapping[str, Row]) -> str:
 def targets_table(verdicts: Sequence[Verdict]) -> str:
     words = {True: "pass", False: "FAIL", None: "not measured"}
     lines = [("target", "wanted", "found", "")]
-    lines += [(each.what, each.wanted, _number(each.found), words[each.reached]) for each in verdicts]
+    lines += [(each.what, each.wanted, number(each.found), words[each.reached]) for each in verdicts]
     return table(lines)
 
 

@@ -26,12 +26,13 @@ from pathlib import Path
 
 from loadtests import processes
 from loadtests.cases import PEERS, Spec
-from loadtests.networks import NETWORKS, POLICY, contextual, model, thresholds, write_policy
+from loadtests.networks import NETWORKS, POLICY, contextual, limits, model, thresholds, write_policy
 from loadtests.processes import Cores
 
 READY_S = 90.0
 EXIT_S = 40.0
-ANSWER_S = 5.0
+ANSWER_S = 30.0
+ADMIN_TOKEN = "of-a-server-that-is-measured"  # noqa: S105  on loopback, for as long as the server lives
 LOOK_EVERY_S = 0.02
 READY_AT = {"bentoml": "/readyz", "mlserver": "/v2/health/ready", "ray": "/-/healthz"}
 
@@ -63,12 +64,12 @@ class Running:
 
     def unshipped(self) -> int:
         """Events that Surefoot has acknowledged and not yet handed to Redis; 0 for others."""
-        if self.spec.kind != "surefoot":
-            return 0
-        found = re.findall(
-            r"^surefoot_ledger_unshipped_events(?:\{[^}]*\})? ([0-9.e+]+)", get(self.port, "/metrics")[1], re.M
-        )
-        return int(sum(map(float, found)))
+        return int(self.gauge("surefoot_ledger_unshipped_events")) if self.spec.kind == "surefoot" else 0
+
+    def gauge(self, name: str) -> float:
+        """A metric of Surefoot's, over all its labels; 0 while there is none."""
+        found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? ([0-9.e+]+)", get(self.port, "/metrics")[1], re.M)
+        return sum(map(float, found))
 
     def stop(self) -> None:
         """SIGTERM, and wait; what it has started and left behind is killed."""
@@ -121,7 +122,7 @@ def _write_files(spec: Spec, folder: Path) -> None:
     if spec.kind != "surefoot":
         (folder / "model.onnx").write_bytes(model(network))
         return
-    rules = thresholds(spec.rules) + contextual(spec.context_rules)
+    rules = thresholds(spec.rules) + contextual(spec.context_rules) + limits(spec.limits)
     for number in range(spec.policies):
         name = POLICY if number == 0 else f"{POLICY}-{number}"
         write_policy(folder / "policies", network, policy=name, rules=rules, shadow=spec.shadow)
@@ -145,9 +146,12 @@ def _start_surefoot(spec: Spec, folder: Path, log: Path, collector: int | None) 
         "SUREFOOT_PORT": "0",
         "SUREFOOT_POLICIES": str(folder / "policies"),
         "SUREFOOT_DURABILITY": spec.durability,
-        "SUREFOOT_DEVICE": "cpu",
+        "SUREFOOT_DEVICE": spec.device,
         "SUREFOOT_LOG_LEVEL": "info",  # tells the port
+        "SUREFOOT_ADMIN_TOKEN": ADMIN_TOKEN,
     }
+    if spec.max_body_bytes:
+        environment["SUREFOOT_MAX_BODY_BYTES"] = str(spec.max_body_bytes)
     if spec.tracing:
         environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector}"
     with log.open("wb") as file:
