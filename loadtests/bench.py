@@ -1,7 +1,8 @@
 """`python -m loadtests.bench`: what Surefoot costs, held against the least a server can cost and against FastAPI.
 
     python -m loadtests.bench                          # everything, about twenty minutes
-    python -m loadtests.bench --quick                  # everything that targets ask for, about two
+    python -m loadtests.bench --quick                  # one short repetition of nearly everything, about two
+    python -m loadtests.bench --targets --runs 3       # what targets ask for, in full, three times; five minutes each
     python -m loadtests.bench --only base --json out   # some rows, and all figures as JSON
 
 Duty: start each server itself, on loopback, pinned to one core, drive it from another, print tables and targets. What
@@ -16,13 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
-import signal
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,10 +29,12 @@ from loadtests.measuring import Settings
 from loadtests.processes import Cores
 from loadtests.results import Row, Sample
 from loadtests.servers import Running, interpreter, running
-from loadtests.targets import verdicts
+from loadtests.targets import ROWS, Verdict, verdicts
+from loadtests.workplace import say, workplace
 
 COLLECTOR = Spec("collector", "empty")  # answers to traces, on the driver's core
 TIMES = ("seconds", "warm_s", "rate")
+SAID = ("quick", "repetitions", "store", *TIMES)
 FULL = {"repetitions": 5, "seconds": 3.0, "warm_s": 1.0}
 QUICK = {"repetitions": 1, "seconds": 1.0, "warm_s": 0.3}
 
@@ -119,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="a group, a row, or a pattern of rows"
     )
+    made.add_argument("--targets", action="store_true", help="the rows that targets are about, and no others")
+    made.add_argument("--runs", type=int, default=1, metavar="N", help="all of it so many times, one after the other")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     made.add_argument("--list", action="store_true", help="print the names of the rows, and measure nothing")
     made.add_argument("--repetitions", type=int, help=f"default {FULL['repetitions']}, quick {QUICK['repetitions']}")
@@ -135,6 +134,8 @@ def parser() -> argparse.ArgumentParser:
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
+    if options.targets:
+        options.only += ROWS
     for name, value in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -161,28 +162,30 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace, groups: Sequence[Group]) -> int:
-    allowed = os.sched_getaffinity(0)
-    cores = Cores.among(allowed, options.store)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
-    about = machine(cores, options)
-    os.sched_setaffinity(0, {cores.driver})
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that servers are stopped then, too
-    try:
-        with tempfile.TemporaryDirectory(prefix="sf-", dir=options.folder) as folder:
-            bench = Bench(options, cores, Path(folder))
+    """Measure, once or several times, and tell after each. Gives the exit code."""
+    found: list[list[Verdict]] = []
+    documents = []
+    failed = False
+    for run in range(options.runs):
+        if options.runs > 1:
+            say(f"run {run + 1} of {options.runs}")
+        with workplace(options.store, options.folder) as place:
+            bench = Bench(options, place.cores, place.folder)
             bench.run(groups)
-    finally:
-        os.sched_setaffinity(0, allowed)
-    found = verdicts(bench.rows)
-    say("\n" + report.tables(groups, bench.rows))
-    say(report.targets_table(found))
+        found.append(verdicts(bench.rows))
+        say("\n" + report.tables(groups, bench.rows))
+        say(report.targets_table(found[-1]) + "\n")
+        about = place.about | {"options": {name: getattr(options, name) for name in SAID}}
+        documents.append(report.document(about, groups, bench.rows, found[-1]) | {"failures": bench.failures})
+        failed = failed or bool(bench.failures)
+    if options.runs > 1:
+        say(report.runs_table(found))
     if options.json:
-        written = report.document(about, groups, bench.rows, found) | {"failures": bench.failures}
+        written = documents[0] if options.runs == 1 else {"runs": documents}
         options.json.write_text(json.dumps(written, indent=1) + "\n")
-    if bench.failures:
+    if failed:
         return 2
-    return int(not options.quick and any(each.reached is False for each in found))
+    return int(not options.quick and any(each.reached is False for run in found for each in run))
 
 
 if __name__ == "__main__":

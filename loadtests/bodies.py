@@ -42,7 +42,7 @@ class Asking:
 
 
 def acts(network: Network, *, raw: bool = False, context: bool = True, keys: Sequence[str] = SPREAD) -> Asking:
-    """Single decisions, in JSON or as raw numbers (docs/binary-states.md), for as many of the keys as there are bodies."""
+    """Single decisions, in JSON or as raw numbers (docs/binary-states.md). keys: one for each body, at least."""
     found = states(network, DIFFERENT_ROWS if network.image else DIFFERENT)
     if raw:
         fields = json.dumps({"policy": POLICY, "key": "k0"}).encode()

@@ -12,7 +12,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 PATIENCE_S = 60.0  # for one answer
 
 

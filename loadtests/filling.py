@@ -64,7 +64,9 @@ def decide(server: Running, pending: int, say: Say) -> None:
     while there < pending:
         asked = bodies.batches(SMALL, min(ROWS, pending - there))
         count = max(1, min(ROUND, pending - there) // asked.rows)
-        answers = closed_loop.ask(server.port, [asked.requests()[i % len(asked.bodies)] for i in range(count)], CONNECTIONS)
+        answers = closed_loop.ask(
+            server.port, [asked.requests()[i % len(asked.bodies)] for i in range(count)], CONNECTIONS
+        )
         _decided(answers)
         settle(server, SHIPPED_S)
         there = _seen(server, "surefoot_pending_decisions", there + count * asked.rows)
@@ -102,7 +104,9 @@ def _decided(answers: Sequence[Answer], *, may_fall_back: bool = False) -> list[
     for answer in answers:
         columns = json.loads(answer.body) if answer.status == 200 else {}
         if not columns or not all(columns["logged"]) or (any(columns["fallback"]) and not may_fall_back):
-            raise RuntimeError(f"the server was asked for decisions, and answered {answer.status}: {answer.body[:500]!r}")
+            raise RuntimeError(
+                f"the server was asked for decisions, and answered {answer.status}: {answer.body[:500]!r}"
+            )
         found += columns["fallback"]
     return found
 

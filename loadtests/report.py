@@ -104,6 +104,18 @@ def targets_table(verdicts: Sequence[Verdict]) -> str:
     return table(lines)
 
 
+def runs_table(runs: Sequence[Sequence[Verdict]]) -> str:
+    """Each target in every run; those that were not measured are left out."""
+    words = {True: "pass", False: "FAIL", None: "not measured"}
+    lines: list[Sequence[str]] = [("target", "wanted", *(f"run {i + 1}" for i in range(len(runs))), "")]
+    for each in zip(*runs, strict=True):
+        if any(verdict.found is not None for verdict in each):
+            reached = [verdict.reached for verdict in each]
+            word = words[False if False in reached else None if None in reached else True]
+            lines.append((each[0].what, each[0].wanted, *(number(verdict.found) for verdict in each), word))
+    return table(lines)
+
+
 def document(
     machine: Mapping[str, Any], groups: Iterable[Group], rows: Mapping[str, Row], verdicts: Sequence[Verdict]
 ) -> dict[str, Any]:

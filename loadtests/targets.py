@@ -76,6 +76,13 @@ TARGETS = (
     Target("memory of a worker, 3 policies", "at most", 200.0, "MB", _median("start/surefoot/cold", "peak_mb")),
 )  # fmt: skip
 
+# What they are about, and nothing that they are not.
+ROWS = (
+    "base/empty/c1", "base/surefoot/c1", "base/empty/c16", "base/fastapi/c16", "base/surefoot/c16", "base/empty/c64",
+    "base/surefoot/c64", "rules/0/c16", f"rules/{MANY_RULES}/c16", "batch/of-64/c4", "overload/surefoot/10x",
+    "start/surefoot/cold",
+)  # fmt: skip
+
 
 def verdicts(rows: Rows) -> list[Verdict]:
     """Hold what was measured against every target."""
