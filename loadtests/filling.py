@@ -2,7 +2,7 @@
 
 Duty: real versions that were pushed, checked and loaded; real decisions that were answered, recorded and shipped to the
 join. Nothing is ever written behind the service's back.
-Promise: when `fill` returns, the service itself says that it has as many; RuntimeError where it cannot be brought there.
+Promise: when `fill` returns, the service itself says that it has as many; where that cannot be, RuntimeError.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`python -m loadtests.growth`: what a decision costs as versions, rules, pending decisions and counted keys grow.
 
-    python -m loadtests.growth                          # everything, up to a million of what waits; see docs/performance.md
+    python -m loadtests.growth                          # everything, up to a million of what waits
     python -m loadtests.growth --quick                  # the smallest sizes, one repetition
     python -m loadtests.growth --only pending --json growth.json --plots docs
     python -m loadtests.growth --from growth.json --plots docs       # draw again what was measured
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -80,12 +79,12 @@ def main(arguments: Sequence[str]) -> int:
         document = json.loads(options.measured.read_text())
     else:
         with workplace(options.store, options.folder) as place:
-            document = _measured(options, wanted, place, shlex.join([*COMMAND.split(), *arguments]))
+            document = _measured(options, wanted, place)
     return _told(document, options)
 
 
 def _measured(
-    options: argparse.Namespace, wanted: Sequence[tuple[Series, list[int]]], place: Workplace, command: str
+    options: argparse.Namespace, wanted: Sequence[tuple[Series, list[int]]], place: Workplace
 ) -> dict[str, Any]:
     """Measure all series. Gives what `--json` writes."""
     rows: dict[str, Row] = {}
@@ -98,7 +97,16 @@ def _measured(
             failures.append(f"{series.kind}: {error}")
             say(f"{series.kind} could not be measured to its end: {error}")
     points = [{"name": row.name, "repetitions": [dict(sample) for sample in row.samples]} for row in rows.values()]
-    return {"machine": place.about, "command": command, "quick": options.quick, "rows": points, "failures": failures}
+    told = {"command": _command(options), "quick": options.quick}
+    return {"machine": place.about, **told, "rows": points, "failures": failures}
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that measures the same again: without what says where things are written."""
+    given = [f"--only {each}" for each in options.only] + [f"--{name} {getattr(options, name):g}" for name in FULL]
+    given += ["--quick"] if options.quick else []
+    given += [f"--largest {options.largest}"] if options.largest is not None else []
+    return " ".join([COMMAND, *given, f"--store {options.store}"])
 
 
 def _series(

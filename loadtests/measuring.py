@@ -2,8 +2,8 @@
 
 Duty: from a running server and a load to the figures of one repetition. It compares nothing.
 Strategy: processor time is read before the load and again when the server has handed on what it acknowledged, so that
-work behind the answers counts, too; the look at its metrics that tells so does not. What other programs took meanwhile is noted with the figures: they say how far to
-trust these.
+work behind the answers counts, too; the look at its metrics that tells so does not. What other programs took meanwhile
+is noted with the figures: they say how far to trust these.
 """
 
 from __future__ import annotations

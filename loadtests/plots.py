@@ -1,8 +1,8 @@
 """Growth as plots: SVG by pygal, which is asked for only when something is drawn.
 
 Duty: one file for each series, with units on its axes, and machine and command below. It measures nothing.
-Strategy: no background, and a grey that has a contrast of more than 4 against white and against a dark page, so that one
-file serves both; no script, and the same bytes for the same figures.
+Strategy: no background, and a grey that has a contrast of more than 4 against white and against a dark page, so that
+one file serves both; no script, and the same bytes for the same figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MISSING = "pygal is not installed, and plots are drawn with it. Install it with 
 INK = "#767676"
 GUIDE = "#9a9a9a66"
 COLOURS = ("#2f81f7", "#bf7b00", "#a371f7", "#2da44e", INK)
-WIDTH, HEIGHT = 760, 440
+WIDTH, HEIGHT = 760, 480
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -38,7 +38,8 @@ def find() -> Any:
 def caption(document: Mapping[str, Any]) -> str:
     """Where and how figures came about."""
     about = document["machine"]
-    return f"{about['processor']}, {about['cores']} cores, Python {about['python']}, {about['began']}\n{document['command']}"
+    where = f"{about['processor']}, {about['cores']} cores, Python {about['python']}, {about['began']}"
+    return f"{where}\n{document['command']}"
 
 
 def draw(growth: Growth, below: str, folder: Path) -> Path:
@@ -55,11 +56,11 @@ def _chart(growth: Growth, below: str) -> Any:
     style = pygal.style.Style(
         background="transparent", plot_background="transparent", opacity="1", opacity_hover="1", transition="0s",
         foreground=INK, foreground_strong=INK, foreground_subtle=INK, colors=COLOURS, font_family="sans-serif",
-        guide_stroke_color=GUIDE, major_guide_stroke_color=GUIDE, title_font_size=15,
+        guide_stroke_color=GUIDE, major_guide_stroke_color=GUIDE, title_font_size=13,
         label_font_size=13, major_label_font_size=13, legend_font_size=13,
     )  # fmt: skip
     chart = pygal.XY(
-        style=style, js=(), width=WIDTH, height=HEIGHT, legend_at_bottom=True, legend_at_bottom_columns=2,
+        style=style, js=(), width=WIDTH, height=HEIGHT, legend_at_bottom=True, legend_at_bottom_columns=3,
         truncate_legend=-1, dots_size=4, stroke_style={"width": 2}, disable_xml_declaration=True, pretty_print=True,
         title=f"Processor time by {growth.series.axis}", x_title=f"{growth.series.axis}\n{below}",
     )  # fmt: skip
@@ -80,7 +81,7 @@ def _draw_relative(chart: Any, growth: Growth) -> None:
     """Each figure over that of the smallest point, over the size's logarithm."""
     sizes = list(growth.points)
     chart.x_labels = [{"value": math.log10(size), "label": _power(size)} for size in sizes]
-    chart.y_title = f"times the processor time at {sizes[0]:,}"
+    chart.y_title = f"times that at {sizes[0]:,}"
     highest = 2 * FLAT
     dots = []
     for figure in growth.figures():
@@ -97,7 +98,7 @@ def _draw_rules(chart: Any, growth: Growth) -> None:
     """Microseconds beyond no rules at all, and what rules may cost."""
     sizes = list(growth.points)
     chart.x_labels = [{"value": size, "label": str(size)} for size in sizes]
-    chart.y_title = f"µs of a decision beyond that with {sizes[0]} rules"
+    chart.y_title = f"µs more than with {sizes[0]} rules"
     chart.add(FIGURES["cpu_us"], list(growth.more("cpu_us").items()))
     chart.add(f"{RULE_US:g} µs a rule", [(size, RULE_US * size) for size in sizes], show_dots=False)
 

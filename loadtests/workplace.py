@@ -39,7 +39,7 @@ class Workplace:
 
 @contextmanager
 def workplace(store: str = "driver", folder: Path | None = None) -> Iterator[Workplace]:
-    """Take the driver's core, and a folder in `folder`. store: whose core the Valkey shares, where there are but two."""
+    """Take the driver's core, and a folder in `folder`. store: whose core the Valkey shares where there are but two."""
     allowed = os.sched_getaffinity(0)
     cores = Cores.among(allowed, store)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
