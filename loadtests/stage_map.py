@@ -78,7 +78,8 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "service/serving.py", "service/standing.py", "service/leases.py", "service/leader.py", "service/roll*.py",
         "service/trimming.py", "service/store_*.py", "service/audit*.py", "service/token*.py", "service/runtime.py",
         "service/team.py", "service/keys.py", "service/adoption.py", "service/leftovers.py",
-        "service/slots.py", "service/guarding.py", "anyio/*", "concurrent/futures/*", "service/api.py", "fastapi/*", "starlette/*",
+        "service/slots.py", "service/guarding.py", "service/api.py", "anyio/*",
+        "concurrent/futures/*", "fastapi/*", "starlette/*",
     )),
 )  # fmt: skip
 # What several stages use: whoever called it decides.
