@@ -8,6 +8,7 @@ one file serves both; no script, and the same bytes for the same figures.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -30,9 +31,12 @@ class PygalMissingError(Exception):
 def find() -> Any:
     """Give pygal. Raises PygalMissingError."""
     try:
-        return import_module("pygal")
+        pygal = import_module("pygal")
     except ImportError:
         raise PygalMissingError(MISSING) from None
+    # It adds a finder of plugins to Python's imports, of a kind that Python warns of at each import from then on.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
+    return pygal
 
 
 def caption(document: Mapping[str, Any]) -> str:
