@@ -21,6 +21,7 @@ from loadtests.networks import CONV, MEDIUM, SMALL, Network, contextual, thresho
 from loadtests.open_loop import OpenLoop
 from loadtests.processes import Cores
 from loadtests.servers import Running, interpreter, post, running
+from loadtests.targets import ROWS
 from tests.waiting import gone, until
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,33 @@ def test_a_short_run_gives_figures_for_every_row(tmp_path: Path) -> None:
     assert [row["ratio"] for row in written["rows"]] == [{}, {}, {}], "the rate was given"
     assert "not measured" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"], "servers' folders are gone"
+
+
+def test_several_runs_are_told_each_and_then_together(tmp_path: Path) -> None:
+    written = tmp_path / "out.json"
+    short = ["--quick", "--seconds", "0.2", "--warm-s", "0.1", "--rate", "100", "--only=base/empty/open"]
+    done = bench(*short, "--runs", "2", f"--folder={tmp_path}", f"--json={written}")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "run 1 of 2" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["target", "wanted", "run", "1", "run", "2"], "no target is about it"
+    runs = json.loads(written.read_text())["runs"]
+    assert [[row["name"] for row in run["rows"]] for run in runs] == [["base/empty/open"]] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_what_targets_need_can_be_listed() -> None:
+    assert set(bench("--list", "--targets").stdout.split()) == set(ROWS)
+
+
+def test_processor_time_is_finer_than_a_tick_and_gone_processes_count_as_nothing() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time\nwhile True: pass"])
+    try:
+        until(lambda: processes.cpu_s([process.pid]) > 0.05, "some work")
+        assert any(round(processes.cpu_s([process.pid]) * 1e6) % 10_000 for _ in range(5))
+    finally:
+        process.kill()
+        process.wait()
+    assert processes.cpu_s([process.pid]) == 0.0
 
 
 def test_without_wrk_it_says_how_to_get_it() -> None:

@@ -11,7 +11,7 @@ from loadtests import report
 from loadtests.cases import GROUPS, chosen
 from loadtests.latency import Latency
 from loadtests.results import Row, references
-from loadtests.targets import TARGETS, verdicts
+from loadtests.targets import ROWS, TARGETS, Verdict, verdicts
 
 
 def row(name: str, *samples: dict[str, float]) -> Row:
@@ -62,6 +62,31 @@ def test_every_target_is_about_rows_that_exist() -> None:
     assert [each.what for each in verdicts(everything) if each.found is None] == []
     assert {each.reached for each in verdicts({})} == {None}
     assert len(verdicts({})) == len(TARGETS)
+
+
+ALL_FIGURES = dict.fromkeys(("per_s", "p50_us", "service_p99_us", "goodput", "cpu_us", "ready_s", "peak_mb"), 1.0)
+
+
+def test_the_rows_of_targets_are_those_they_need_and_no_others() -> None:
+    chosen_names = {entry.name for group in chosen(ROWS) for entry in group.entries}
+    assert chosen_names == set(ROWS)
+    everything = rows(*(row(name, ALL_FIGURES) for name in ROWS))
+    assert [each.what for each in verdicts(everything) if each.found is None] == []
+    for name in ROWS:
+        without = {each: found for each, found in everything.items() if each != name}
+        assert [each for each in verdicts(without) if each.found is None], f"{name} is needed by no target"
+
+
+def test_several_runs_stand_side_by_side_and_one_miss_is_a_miss() -> None:
+    def run(found: float | None, reached: bool | None) -> list[Verdict]:
+        return [Verdict("speed", "at least 2 ×", found, reached), Verdict("never", "at least 1 ×", None, None)]
+
+    assert report.runs_table([run(2.5, True), run(1.5, False), run(3.0, True)]).splitlines()[1].split() == [
+        *("speed", "at", "least", "2", "×", "2.5", "1.5", "3", "FAIL"),
+    ]  # fmt: skip
+    assert report.runs_table([run(2.5, True), run(3.0, True)]).endswith("pass")
+    assert report.runs_table([run(2.5, True), run(None, None)]).endswith("not measured")
+    assert "never" not in report.runs_table([run(2.5, True)])
 
 
 @pytest.mark.parametrize(("per_s", "reached"), [(45.0, True), (44.9, False)])

@@ -79,7 +79,7 @@ def test_rules_that_cost_the_more_the_more_there_are_are_not_linear() -> None:
 def test_one_point_alone_says_nothing() -> None:
     assert [each.reached for each in findings(grown("rules", {20: cpu(100)}))] == [None]
     assert [each.reached for each in findings(grown("versions", {1: cpu(100)}))] == [None]
-    with pytest.raises(ValueError, match="two data points|constant"):
+    with pytest.raises(ValueError, match="two data points"):
         slope([(1.0, 1.0)])
 
 
