@@ -146,10 +146,8 @@ def _counted(server: Running, series: Series, size: int, decisions: int) -> Samp
     figures = watch.costs(decisions)
     if refused := {answer.status for answer in answers} - {200}:
         raise RuntimeError(f"decisions were answered {sorted(refused)}")
-    given = [json.loads(answer.body) for answer in answers]
-    figures["fell_back"] = float(sum(each["fallback"] is not None for each in given))
     if series.rewarded:
-        figures |= _rewarded(server, [each["decision_id"] for each in given])
+        figures |= _rewarded(server, [json.loads(answer.body)["decision_id"] for answer in answers])
     return figures
 
 

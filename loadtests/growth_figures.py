@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loadtests.growth_cases import Series
-from loadtests.report import number, table, with_spread
+from loadtests.report import AGAINST, BUSY, number, table, with_spread
 from loadtests.results import Row
 
 Rows = Mapping[str, Row]
@@ -22,7 +22,6 @@ FLAT = 1.1
 RULE_US = 5.0
 # A rule's price in the upper half against that in the lower half. Twice as many rules at a quadratic cost: 3.
 LINEAR = 1.5
-BUSY = 0.1
 FIGURES = {
     "cpu_us": "service, a decision",
     "store_cpu_us": "Valkey, a decision",
@@ -136,7 +135,7 @@ def growth_table(growth: Growth) -> str:
 
 
 def _besides(row: Row) -> str:
-    said = [f"{row.total('fell_back'):,.0f} fell back"] if row.total("fell_back") else []
+    said = [f"{row.total(name):,.0f} {name}" for name in AGAINST if row.total(name)]
     if (row.median("elsewhere") or 0.0) > BUSY:
         said.append(f"BUSY: others took {row.median('elsewhere'):.1f} cores")
     return "; ".join(said)

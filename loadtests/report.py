@@ -30,6 +30,7 @@ HEADS = (
 # Of one core. Beyond this somebody else was measured, too.
 BUSY = 0.1
 LATE = 0.01
+AGAINST = ("refused", "failed", "given up", "fell back", "not recorded")
 FIGURES = ("per_s", "p50_us", "p99_us", "p999_us", "cpu_us", "store_cpu_us", "peak_mb", "ready_s", "goodput")
 
 
@@ -56,7 +57,7 @@ def _all_ratios(row: Row, labels: Sequence[str], rows: Mapping[str, Row], figure
 
 def _besides(row: Row) -> str:
     """What else there is to know of a row, above all what speaks against it."""
-    said = [f"{number(row.total(name))} {name}" for name in ("refused", "failed", "given up") if row.total(name)]
+    said = [f"{number(row.total(name))} {name}" for name in AGAINST if row.total(name)]
     for figure, text in (("ready_s", "ready in {} s"), ("goodput", "goodput {} of peak")):
         if (value := row.median(figure)) is not None:
             said.append(text.format(f"{value:.2f}"))

@@ -68,8 +68,10 @@ class Running:
 
     def gauge(self, name: str) -> float:
         """A metric of Surefoot's, over all its labels; 0 while there is none."""
-        found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? ([0-9.e+]+)", get(self.port, "/metrics")[1], re.M)
-        return sum(map(float, found))
+        return total(self.metrics(), name)
+
+    def metrics(self) -> str:
+        return get(self.port, "/metrics")[1]
 
     def stop(self) -> None:
         """SIGTERM, and wait; what it has started and left behind is killed."""
@@ -203,6 +205,11 @@ def _wait_until_ready(server: Running) -> None:
             pass
         time.sleep(LOOK_EVERY_S)
     raise RuntimeError(f"{server.spec.name} is not ready:\n{server.log.read_text()}")
+
+
+def total(metrics: str, name: str) -> float:
+    """A metric over all its labels; 0 while there is none."""
+    return sum(map(float, re.findall(rf"^{name}(?:\{{[^}}]*\}})? ([0-9.e+]+)", metrics, re.M)))
 
 
 def get(port: int, path: str) -> tuple[int, str]:

@@ -84,7 +84,7 @@ def test_one_point_alone_says_nothing() -> None:
 
 
 def test_tables_name_units_times_and_what_speaks_against_a_point() -> None:
-    growth = grown("keys", {100: cpu(80, 120), 1000: [{"cpu_us": 100.0, "fell_back": 3.0, "elsewhere": 0.5}] * 2})
+    growth = grown("keys", {100: cpu(80, 120), 1000: [{"cpu_us": 100.0, "fell back": 3.0, "elsewhere": 0.5}] * 2})
     shown = growth_table(growth)
     assert "service, a decision, µs" in shown
     assert "100 ±20%" in shown
@@ -165,7 +165,7 @@ def test_the_command_measures_tells_writes_and_draws(tmp_path: Path) -> None:
     document = json.loads(written.read_text())
     (point,) = document["rows"]
     (sample,) = point["repetitions"]
-    assert (point["name"], sample["fell_back"]) == ("pending/1000/c16", 0)
+    assert (point["name"], sample["fell back"]) == ("pending/1000/c16", 0)
     for figure in ("cpu_us", "store_cpu_us", "reward_us", "reward_store_us", "peak_mb"):
         assert sample[figure] > 0
     assert str(tmp_path) not in document["command"], "no path of this machine gets into a page"
