@@ -193,3 +193,10 @@ def test_every_series_is_complete() -> None:
         assert isinstance(each, Series)
         assert set(each.quick) <= {*each.sizes, 3}
         assert list(each.sizes) == sorted(set(each.sizes))
+
+
+def test_the_page_tells_every_series_and_its_plot() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for each in SERIES:
+        assert f"growth-{each.kind}.svg" in page
+        assert f"\n| {each.axis} |" in page
