@@ -4,7 +4,8 @@ Duty: record call stacks from outside for some seconds, and share out processor 
 it looks at, but for stopping it for an instant at each sample.
 Strategy: how much processor time each thread uses, Linux says, while nobody samples: being stopped costs a thread time,
 too, also one that sleeps. What for, the samples say. Not every kernel tells py-spy which threads sleep, so of a
-thread's samples those in places where it waits for work count only as far as its processor time goes beyond the others.
+thread's samples those in places where it waits for work count only as far as Linux saw it at work more often than the
+other samples do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess  # py-spy is a program
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -41,6 +43,14 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class Busy:
+    """A thread while nobody samples: the cores that it uses; how often it is at work, or waits for a core to be."""
+
+    cores: float
+    at_work: float
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """What was seen in so many seconds."""
 
@@ -66,13 +76,28 @@ def record(pid: int, seconds: float, file: Path) -> Profile:
     return Profile(list(read(file.read_text().splitlines())), max(1, round(seconds)))
 
 
-def threads_s(pid: int) -> dict[int, float]:
-    """Processor time so far of each thread of a process."""
+def watch(pid: int, seconds: float) -> dict[int, Busy]:
+    """Look at a process's threads for so long, without stopping them."""
+    looks, at_work = 0, Counter[int]()
+    before, began_s = threads(pid), time.perf_counter()
+    while (lasted_s := time.perf_counter() - began_s) < seconds or not looks:
+        looks += 1
+        at_work.update(thread for thread, (state, _) in threads(pid).items() if state == "R")
+        time.sleep(1 / RATE)
+    found = {}
+    for thread, (_, used_s) in threads(pid).items():
+        cores = (used_s - before.get(thread, ("", 0.0))[1]) / lasted_s
+        found[thread] = Busy(cores, max(cores, at_work[thread] / looks))
+    return found
+
+
+def threads(pid: int) -> dict[int, tuple[str, float]]:
+    """The state of each thread of a process, and its processor time so far."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(*GONE):
             fields = (task / "stat").read_text().rpartition(")")[2].split()
-            found[int(task.name)] = (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+            found[int(task.name)] = (fields[0], (int(fields[11]) + int(fields[12])) / TICKS_PER_S)
     return found
 
 
@@ -89,21 +114,18 @@ def read(lines: Iterable[str]) -> Iterable[Stack]:
         yield Stack(int(thread["id"]), frames, int(seen))
 
 
-def shares(profile: Profile, busy: Mapping[int, float]) -> dict[str, float]:
-    """Share out a process's processor time over stages; all of them come to 1. Empty where none was used.
-
-    busy: for each thread, the cores that it kept busy while nobody sampled.
-    """
+def shares(profile: Profile, busy: Mapping[int, Busy]) -> dict[str, float]:
+    """Share out a process's processor time over stages; all of them come to 1. Empty where none was used."""
     samples = profile.seconds * _pace(profile)
     found: defaultdict[str, float] = defaultdict(float)
-    for thread, cores in busy.items():
+    for thread, its in busy.items():
         stacks = [stack for stack in profile.stacks if stack.thread == thread]
-        if not cores or not stacks:
+        if not its.cores or not stacks:
             continue
-        weights = _working(stacks, cores * samples)
+        weights = _working(stacks, its.at_work * samples)
         whole = sum(weights.values())
         for name, weight in weights.items():
-            found[name] += cores * weight / whole
+            found[name] += its.cores * weight / whole
     seen = sum(found.values())
     return {name: share / seen for name, share in found.items()}
 
@@ -117,7 +139,7 @@ def _pace(profile: Profile) -> float:
 
 
 def _working(stacks: Sequence[Stack], samples: float) -> dict[str, float]:
-    """Samples by stage, those of waiting only as far as the thread worked longer than its other samples say."""
+    """Samples by stage. samples: as many as met the thread at work; waiting counts for those that others leave over."""
     busy: Counter[str] = Counter()
     idle: Counter[str] = Counter()
     for stack in stacks:

@@ -16,7 +16,6 @@ import argparse
 import json
 import subprocess  # wrk is a program
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ FULL = {"seconds": 15.0, "warm_s": 1.0}
 QUICK = {"seconds": 2.0, "warm_s": 0.3}
 STORE = "Valkey, a process of its own"
 LEAST_US = 0.05
+LEAD_S = 10  # wrk is ended when py-spy has seen enough, which needs a moment to start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,15 +88,8 @@ def _measured(loads: Sequence[Load], options: argparse.Namespace, place: Workpla
     with running(spec, place.folder / "server", place.cores) as server:
         for load in loads:
             entry = Entry("stages", "surefoot", spec, load)
-            worker, began_s = _deciding(server), time.perf_counter()
-            before = sampling.threads_s(worker)
             cost = measuring.measure(server, entry, settings, place.folder)
-            lasted_s = time.perf_counter() - began_s
-            busy = {
-                thread: (used_s - before.get(thread, 0.0)) / lasted_s
-                for thread, used_s in sampling.threads_s(worker).items()
-            }
-            shares = sampling.shares(_profile(server, worker, entry, options.seconds, place.folder), busy)
+            shares = sampling.shares(*_profile(server, entry, options.seconds, place.folder))
             found[load.name] = {name: share * cost["cpu_us"] for name, share in shares.items()}
             found[load.name][STORE] = cost["store_cpu_us"]
             say(f"  {load.name:<8} {cost['cpu_us']:>8.1f} µs, and Valkey {cost['store_cpu_us']:.1f} µs")
@@ -109,14 +102,18 @@ def _deciding(server: Running) -> int:
     return max(started, key=lambda pid: processes.cpu_s([pid]))
 
 
-def _profile(server: Running, worker: int, entry: Entry, seconds: float, folder: Path) -> sampling.Profile:
-    """Sample the process that decides while wrk drives it."""
+def _profile(
+    server: Running, entry: Entry, seconds: float, folder: Path
+) -> tuple[sampling.Profile, dict[int, sampling.Busy]]:
+    """Watch the process that decides while wrk drives it, then sample it."""
+    worker = _deciding(server)
     asked = measuring.asking(entry)
     script = wrk.write_script(folder, asked.path, asked.headers, asked.bodies)
-    driver = wrk.command(server.port, script, entry.load.connections, seconds + 2)
+    driver = wrk.command(server.port, script, entry.load.connections, 2 * seconds + LEAD_S)
     with subprocess.Popen(driver, stdout=subprocess.DEVNULL) as driving:  # noqa: S603  our own command
         try:
-            return sampling.record(worker, seconds, folder / "samples.txt")
+            busy = sampling.watch(worker, seconds)
+            return sampling.record(worker, seconds, folder / "samples.txt"), busy
         finally:
             driving.terminate()
 

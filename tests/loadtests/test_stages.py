@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loadtests import sampling, stages
-from loadtests.sampling import Profile, Stack, read, shares
+from loadtests.sampling import Busy, Profile, Stack, read, shares
 from loadtests.stage_map import LOOP, OTHER, STAGES, Frame, stage_of, waits
 from tests.waiting import until
 
@@ -88,22 +88,22 @@ def test_processor_time_is_shared_out_by_thread_and_then_by_samples() -> None:
     seen = profile(
         (1, ("f", "service/judge.py"), 300), (1, ("f", "service/record.py"), 100), (2, ("f", "service/ledger.py"), 400)
     )  # fmt: skip
-    assert close(shares(seen, {1: 0.8, 2: 0.2}), {"rules": 0.6, "record": 0.2, "commit": 0.2})
+    assert close(shares(seen, {1: Busy(0.8, 0.8), 2: Busy(0.2, 0.2)}), {"rules": 0.6, "record": 0.2, "commit": 0.2})
 
 
 def test_waiting_counts_as_far_as_other_samples_do_not_explain_the_time() -> None:
-    """1,000 samples in all; half a core are 500 of them, of which 300 were seen at work: 200 are the loop's own."""
+    """1,000 samples in all; at work half of the time makes 500, of which 300 were elsewhere: 200 are the loop's own."""
     seen = profile((1, ("f", "service/judge.py"), 300), (1, RUN, 700))
-    assert close(shares(seen, {1: 0.5}), {"rules": 0.6, LOOP: 0.4})
-    assert close(shares(seen, {1: 0.2}), {"rules": 1.0, LOOP: 0.0})
-    assert close(shares(seen, {1: 1.0}), {"rules": 0.3, LOOP: 0.7})
+    assert close(shares(seen, {1: Busy(0.1, 0.5)}), {"rules": 0.6, LOOP: 0.4}), "it mostly waited for a core"
+    assert close(shares(seen, {1: Busy(0.2, 0.2)}), {"rules": 1.0, LOOP: 0.0})
+    assert close(shares(seen, {1: Busy(1.0, 1.0)}), {"rules": 0.3, LOOP: 0.7})
 
 
 def test_threads_that_used_nothing_or_were_not_seen_have_no_share() -> None:
     seen = profile((1, ("f", "service/judge.py"), 10), (2, ("_worker", "concurrent/futures/thread.py"), 10))
-    assert close(shares(seen, {1: 0.5, 2: 0.0, 3: 0.5}), {"rules": 1.0})
+    assert close(shares(seen, {1: Busy(0.5, 0.5), 2: Busy(0.0, 0.0), 3: Busy(0.5, 0.5)}), {"rules": 1.0})
     assert shares(seen, {}) == {}
-    assert close(shares(seen, {2: 0.1}), {"loops behind": 1.0}), "all that it did was there"
+    assert close(shares(seen, {2: Busy(0.1, 0.1)}), {"loops behind": 1.0}), "all that it did was there"
 
 
 def test_the_table_has_every_stage_that_took_time_and_what_is_in_no_list_by_name() -> None:
@@ -134,15 +134,16 @@ def test_threads_of_a_process_are_told_apart(tmp_path: Path) -> None:
     )
     process = subprocess.Popen([sys.executable, str(program)])
     try:
-        until(lambda: sum(sampling.threads_s(process.pid).values()) > 0.2, "some work")
+        until(lambda: sum(used_s for _, used_s in sampling.threads(process.pid).values()) > 0.2, "some work")
+        busy = sampling.watch(process.pid, 0.5)
         found = sampling.record(process.pid, 1.0, tmp_path / "samples.txt")
-        used = sampling.threads_s(process.pid)
     finally:
         process.kill()
         process.wait()
     working = {each.thread for each in found.stacks for frame in each.frames if frame.function == "work"}
     assert len(working) == 1
-    assert used[working.pop()] > used[process.pid]
+    assert busy[working.pop()].at_work > 0.5 > busy[process.pid].at_work
+    assert sampling.shares(found, busy)[f"{OTHER}: program.py"] > 0.9
 
 
 @spying
