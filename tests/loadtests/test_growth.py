@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loadtests import bodies, closed_loop, filling, plots
+from loadtests import bodies, closed_loop, filling, plots, processes
 from loadtests.cases import EMPTY
 from loadtests.growth_cases import SERIES, Series, chosen
 from loadtests.growth_figures import FLAT, Growth, findings, findings_table, growth_table, slope
@@ -139,6 +140,19 @@ def test_sizes_are_real_versions_decisions_and_keys(tmp_path: Path) -> None:
     with running(keys.spec(40), tmp_path / "keys", CORES) as server:
         filling.fill(server, keys, 40, tmp_path, said.append)
         assert tracked(tmp_path / "keys") == 40
+
+
+def test_keys_that_no_limit_has_counted_do_not_pass_for_tracked(tmp_path: Path) -> None:
+    """Valkey is stopped: all are denied, and fall back."""
+    keys = BY_KIND["keys"]
+    with running(keys.spec(20), tmp_path / "keys", CORES) as server:
+        (store,) = [pid for pid in processes.tree(server.process.pid) if processes.is_store(pid)]
+        os.kill(store, signal.SIGSTOP)
+        try:
+            with pytest.raises(RuntimeError, match="20 of 20 keys are denied again and again"):
+                filling.fill(server, keys, 20, tmp_path, lambda _: None)
+        finally:
+            os.kill(store, signal.SIGCONT)
 
 
 def tracked(folder: Path) -> int:
