@@ -19,7 +19,7 @@ from loadtests.growth_figures import FIGURES, FLAT, RULE_US, Growth
 MISSING = "pygal is not installed, and plots are drawn with it. Install it with `pip install pygal`."
 INK = "#767676"
 GUIDE = "#9a9a9a66"
-COLOURS = ("#2f81f7", "#bf7b00", "#a371f7", "#2da44e", INK)
+COLOURS = ("#2f81f7", "#bf7b00", "#a371f7", "#2da44e")
 WIDTH, HEIGHT = 760, 480
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -59,7 +59,7 @@ def _chart(growth: Growth, below: str) -> Any:
     pygal = find()
     style = pygal.style.Style(
         background="transparent", plot_background="transparent", opacity="1", opacity_hover="1", transition="0s",
-        foreground=INK, foreground_strong=INK, foreground_subtle=INK, colors=COLOURS, font_family="sans-serif",
+        foreground=INK, foreground_strong=INK, foreground_subtle=INK, colors=_colours(growth), font_family="sans-serif",
         guide_stroke_color=GUIDE, major_guide_stroke_color=GUIDE, title_font_size=13,
         label_font_size=13, major_label_font_size=13, legend_font_size=13,
     )  # fmt: skip
@@ -71,6 +71,12 @@ def _chart(growth: Growth, below: str) -> Any:
     chart.uuid = f"growth-{growth.series.kind}"
     chart.add_xml_filter(_without_scripts)
     return chart
+
+
+def _colours(growth: Growth) -> tuple[str, ...]:
+    """One for each figure, and grey for what stands beside them."""
+    drawn = 1 if growth.series.kind == "rules" else len(growth.figures())
+    return (*COLOURS[:drawn], INK)
 
 
 def _without_scripts(root: Any) -> Any:
