@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELE
 UNSURE = frozenset({"wall_time", "cpu_time", "crash", "latency"})
 # How a process says on its way out that it got no memory: C++, Python, the loader of libraries.
 STARVED = ("bad_alloc", "memoryerror", "out of memory", "cannot allocate memory", "failed to map segment")
+# From input, output, complaints and the time it may take to the child's exit status, None when the time was over.
+Run = Callable[[IO[bytes], IO[bytes], IO[bytes], float], int | None]
 # One trial keeps one core busy; more at once would multiply the memory that a flood of uploads can take.
 _ROOM = threading.BoundedSemaphore(2)
 
@@ -69,16 +71,19 @@ class Outcome:
     peak_bytes: int = 0
 
 
-def try_bundle(files: Mapping[str, bytes], limits: Limits = LIMITS, cache: Path | None = None) -> PolicyBundle:
+def try_bundle(
+    files: Mapping[str, bytes], limits: Limits = LIMITS, cache: Path | None = None, run: Run | None = None
+) -> PolicyBundle:
     """Try the files of a bundle, given by name, and build it. Raises BundleError.
 
-    Takes a third of a second, and up to `limits.wall_s`; call it from a thread. cache: a folder for verdicts.
+    Takes a third of a second, and up to `limits.wall_s`; call it from a thread. cache: a folder for verdicts. run: how
+    the process is started (`trial_template.py` knows another way).
     """
     check_files(files)
     kept = VerdictCache(cache, files, limits) if cache is not None else None
     verdict = kept.read() if kept is not None else None
     if verdict is None:
-        refusal = run_trial(files, limits).refusal
+        refusal = run_trial(files, limits, run=run or run_alone).refusal
         if kept is not None and (refusal is None or refusal.check not in UNSURE):
             kept.write(refusal)
     else:
@@ -88,7 +93,40 @@ def try_bundle(files: Mapping[str, bytes], limits: Limits = LIMITS, cache: Path 
     return read_bundle(files)
 
 
-def run_trial(files: Mapping[str, bytes], limits: Limits = LIMITS, probing: bool = False) -> Outcome:
+def run_alone(given: IO[bytes], answers: IO[bytes], said: IO[bytes], wall_s: float) -> int | None:
+    """Give the child's exit status, None when its time was over; in any case nothing of it runs on."""
+    child = start_child(given, answers, said)
+    try:
+        return child.wait(wall_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def start_child(
+    given: IO[bytes] | int, answers: IO[bytes] | int, said: IO[bytes] | int, link: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Start the child, in a session of its own. link: a socket that it inherits and takes orders from."""
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | SINGLE
+    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+    return subprocess.Popen(  # noqa: S603  our own program
+        [sys.executable, "-P", "-B", "-m", "policies.trial_child", *([] if link is None else [str(link)])],
+        stdin=given,
+        stdout=answers,
+        stderr=said,
+        env=environment,
+        cwd="/",
+        pass_fds=() if link is None else (link,),
+        start_new_session=True,
+    )
+
+
+def run_trial(
+    files: Mapping[str, bytes], limits: Limits = LIMITS, probing: bool = False, run: Run = run_alone
+) -> Outcome:
     """Run the child on the files. probing: put a network that passes to `probes.PROBES` as well."""
     sizes = {name: len(files[name]) for name in FILES}
     order = {"limits": asdict(limits), "probing": probing, "sizes": sizes}
@@ -97,7 +135,7 @@ def run_trial(files: Mapping[str, bytes], limits: Limits = LIMITS, probing: bool
         for name in FILES:
             given.write(files[name])
         given.seek(0)
-        status = _run(given, answers, said, limits.wall_s)
+        status = run(given, answers, said, limits.wall_s)
         lines = _lines(_content(answers))
         complaint = _content(said).decode("utf-8", "replace")
     return _outcome(status, lines, complaint, limits, sum(sizes.values()))
@@ -113,29 +151,6 @@ def _anonymous() -> IO[bytes]:
 def _content(file: IO[bytes]) -> bytes:
     file.seek(0)
     return file.read(MAX_OUTPUT_BYTES)
-
-
-def _run(given: IO[bytes], answers: IO[bytes], said: IO[bytes], wall_s: float) -> int | None:
-    """Give the child's exit status, None when its time was over; in any case nothing of it runs on."""
-    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | SINGLE
-    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-B", "-m", "policies.trial_child"],
-        stdin=given,
-        stdout=answers,
-        stderr=said,
-        env=environment,
-        cwd="/",
-        start_new_session=True,
-    )
-    try:
-        return child.wait(wall_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
 
 
 def _lines(raw: bytes) -> tuple[Line, ...]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.argv[1:2] == ["serve"] and "--help" not in sys.argv:  # the other commands draw with what a start can do without
+    from policies import lean
+
+    lean.begin()
+
 import asyncio
 import json
 import os
-import sys
 from typing import Annotated
 
 import structlog
@@ -49,9 +55,11 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Processes that serve, instead of SUREFOOT_WORKERS.")] = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Everything is set by SUREFOOT_ variables (`surefoot config show`)."""
+    from policies import lean
     from service.logs import configure_logs
     from service.supervisor import serve as supervise
 
+    lean.end()
     if workers is not None:
         os.environ[f"{PREFIX}WORKERS"] = str(workers)  # workers read it, too
     settings = load_settings()

@@ -15,7 +15,7 @@ from policies.archive import SIGNATURE
 from policies.bundle import FILES, PolicyBundle
 from policies.engine import DYNAMIC_BATCH
 from policies.errors import BundleError, ConfigError
-from policies.trial import try_bundle
+from policies.trial import Run, try_bundle
 
 
 class Gate:
@@ -26,11 +26,11 @@ class Gate:
         self._cache = cache
         self._key = None if key is None else _read_key(key)
 
-    def check(self, files: Mapping[str, bytes]) -> PolicyBundle:
-        """Check a bundle's files. Raises BundleError naming the check, or ConfigError."""
+    def check(self, files: Mapping[str, bytes], run: Run | None = None) -> PolicyBundle:
+        """Check a bundle's files. Raises BundleError naming the check, or ConfigError. run: see `try_bundle`."""
         if self._key is not None:
             self._check_signature(files, self._key)
-        return try_bundle({name: files[name] for name in FILES if name in files}, cache=self._cache)
+        return try_bundle({name: files[name] for name in FILES if name in files}, cache=self._cache, run=run)
 
     def _check_signature(self, files: Mapping[str, bytes], key: bytes) -> None:
         if SIGNATURE not in files:

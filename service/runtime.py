@@ -22,6 +22,7 @@ from policies.deployment import DEPLOYMENT
 from policies.errors import ConfigError, InvalidField, NotReady
 from policies.folder_store import FolderStore
 from policies.store import BUNDLED, StoredPolicy, read_directory
+from policies.trial_template import Template
 from safety.breaker import Faults, Latency
 from service.absence import Absence
 from service.admission import Admission, admit
@@ -265,7 +266,8 @@ def read_seeds(settings: Settings, gate: Gate) -> list[StoredPolicy]:
     """Read the directory of the start. What ships with the package is trusted as the program is: it is not tried."""
     if settings.policies is None:
         return read_directory(BUNDLED)
-    found = read_directory(settings.policies, gate.check)
+    with Template() as template:
+        found = read_directory(settings.policies, lambda files: gate.check(files, template.run))
     for seed in found:
         try:
             Scalar.read(seed.deployment.reward.expression or "reward")

@@ -6,6 +6,11 @@ close the listener, give running requests `grace`, flush, ship, exit.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from policies import lean
+
+    lean.begin()
+
 import asyncio
 import os
 import signal
@@ -144,6 +149,7 @@ def _once(descriptor: int, call: Any) -> Any:
 
 
 if __name__ == "__main__":
+    lean.end()
     code = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)  # threads of ONNX Runtime and OpenTelemetry have nothing left to say

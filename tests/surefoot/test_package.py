@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,39 @@ def subclasses(kind: Any) -> list[Any]:
 
 
 def test_all_is_what_the_package_shows() -> None:
-    shown = {name for name, value in vars(surefoot).items() if inspect.isclass(value) or inspect.isfunction(value)}
+    shown = {
+        name
+        for name in dir(surefoot)
+        if not name.startswith("_") and (inspect.isclass(value := getattr(surefoot, name)) or inspect.isfunction(value))
+    }
     assert sorted(surefoot.__all__) == sorted(shown)
     assert surefoot.__all__ == sorted(surefoot.__all__)
+    for_a_checker = re.search(r"^if typing.TYPE_CHECKING:\n((?:    .*\n)+)", inspect.getsource(surefoot), re.MULTILINE)
+    assert for_a_checker
+    assert set(re.findall(r"\b\w+\b(?=[,\n])", re.sub(r"from .* import ", "", for_a_checker[1]))) == shown
+
+
+SHOWN = """
+import sys
+import surefoot.redis_url
+assert not {"httpx", "numpy", "redis", "msgspec"} & set(sys.modules), "one module loads the package"
+from surefoot.estimate import evaluate
+import surefoot.corrections
+import surefoot
+from surefoot import Client, corrections
+assert callable(surefoot.estimate) and surefoot.corrections is corrections and surefoot.evaluate is evaluate
+try:
+    surefoot.actt
+except AttributeError as error:
+    assert "actt" in str(error)
+else:
+    raise AssertionError("a name that there is not")
+"""
+
+
+def test_the_package_loads_at_its_first_use_and_modules_hide_no_function() -> None:
+    done = subprocess.run([sys.executable, "-c", SHOWN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_error_is_exported_and_documented() -> None:
