@@ -97,7 +97,7 @@ def warm(server: Running, asked: Asking, connections: int, settings: Settings) -
 def start_figures(server: Running, entry: Entry, settings: Settings) -> Sample:
     """How long the start took, and the memory, once it has answered for a while."""
     warm(server, asking(entry), entry.load.connections, settings)
-    return {"ready_s": server.ready_s, "peak_mb": server.peak_mb()}
+    return {"ready_s": server.ready_s, "ready_cpu_s": server.ready_cpu_s, "peak_mb": server.peak_mb()}
 
 
 def settle(server: Running, patience_s: float = SETTLE_S) -> tuple[float, float]:

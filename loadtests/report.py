@@ -31,7 +31,19 @@ HEADS = (
 BUSY = 0.1
 LATE = 0.01
 AGAINST = ("refused", "failed", "given up", "fell back", "not recorded")
-FIGURES = ("per_s", "p50_us", "p99_us", "p999_us", "cpu_us", "store_cpu_us", "peak_mb", "ready_s", "goodput")
+BESIDES = {"ready_s": "ready in {} s", "ready_cpu_s": "{} s of them computing", "goodput": "goodput {} of peak"}
+FIGURES = (
+    "per_s",
+    "p50_us",
+    "p99_us",
+    "p999_us",
+    "cpu_us",
+    "store_cpu_us",
+    "peak_mb",
+    "ready_s",
+    "ready_cpu_s",
+    "goodput",
+)
 
 
 def number(value: float | None) -> str:
@@ -58,7 +70,7 @@ def _all_ratios(row: Row, labels: Sequence[str], rows: Mapping[str, Row], figure
 def _besides(row: Row) -> str:
     """What else there is to know of a row, above all what speaks against it."""
     said = [f"{number(row.total(name))} {name}" for name in AGAINST if row.total(name)]
-    for figure, text in (("ready_s", "ready in {} s"), ("goodput", "goodput {} of peak")):
+    for figure, text in BESIDES.items():
         if (value := row.median(figure)) is not None:
             said.append(text.format(f"{value:.2f}"))
     if (row.median("elsewhere") or 0.0) > BUSY:

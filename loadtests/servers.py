@@ -46,6 +46,7 @@ class Running:
     port: int
     ready_s: float
     log: Path
+    ready_cpu_s: float = 0.0  # processor time until it was ready, of all processes that it has started
 
     def cpu_s(self) -> tuple[float, float]:
         """Processor time so far: of the server's processes, and of its store."""
@@ -113,6 +114,7 @@ def running(
     try:
         _wait_until_ready(server)
         server.ready_s = time.perf_counter() - began_s
+        server.ready_cpu_s = processes.cpu_s(processes.tree(process.pid), ended=True)
         server.pin(cores)
         yield server
     finally:
@@ -143,6 +145,9 @@ def _start_yardstick(spec: Spec, folder: Path, log: Path) -> tuple[subprocess.Po
 
 def _start_surefoot(spec: Spec, folder: Path, log: Path, collector: int | None) -> tuple[subprocess.Popen[bytes], int]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SUREFOOT_", "OTEL_"))}
+    environment.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # a service that is installed does not compile itself at each start
     environment |= {
         "SUREFOOT_DATA_DIR": str(folder / "data"),
         "SUREFOOT_PORT": "0",
