@@ -121,9 +121,8 @@ def logged(admin: Admin, policy: str, rng: np.random.Generator, count: int) -> N
 def read(admin: Admin, policy: str, count: int) -> list[surefoot.Batch]:
     """The transitions of `count` decisions, in batches of one run each."""
     found: list[surefoot.Batch] = []
-    batches = surefoot.transitions(
-        policy, "readers", "one", redis_url=admin.server.redis_url, batch_size=DECISIONS, block_s=30.0, max_wait_s=60.0
-    )
+    options: dict[str, Any] = {"batch_size": min(DECISIONS, count), "block_s": 30.0, "max_wait_s": 60.0}
+    batches = surefoot.transitions(policy, "readers", "one", redis_url=admin.server.redis_url, **options)
     for batch in batches:
         found.append(batch)
         if sum(map(len, found)) >= count:

@@ -106,7 +106,7 @@ def test_a_version_taken_for_quick_that_hangs_leaves_the_loop_for_good() -> None
             return step(*given)
 
         engine.step = observed  # type: ignore[assignment, method-assign]
-        with decider(plan({"v1": loaded}), timeout_s=0.2) as (pipeline, ledger, _):
+        with decider(plan({"v1": loaded}), timeout_s=1.0) as (pipeline, ledger, _):
             for state in (ENDLESS, STATES[0], STATES[1]):
                 (answer,) = await pipeline.decide(rows(state))
                 assert isinstance(answer, ActResponse)

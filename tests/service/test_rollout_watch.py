@@ -99,7 +99,9 @@ def test_a_signal_that_ends_it_gives_the_cursor_back(server: RolloutServer) -> N
 
 def test_a_low_window_says_how_much_it_hides(server: RolloutServer) -> None:
     with terminal(server.url, watching(), lines=12, NO_COLOR="1") as shown:
-        frame = shown.until(lambda text: TO_END in text, "a frame")
+        frame, _, _ = shown.until(lambda text: TO_END in text, "a frame").partition(
+            TO_END
+        )  # more than one may be there
         assert frame.count("\n") == 11
         assert ".. 16 more lines: a higher window shows them" in frame
         assert "\x1b[31" not in frame

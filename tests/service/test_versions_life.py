@@ -197,15 +197,18 @@ def test_versions_beyond_the_cap_are_not_loaded_but_can_be_promoted(tmp_path: Pa
 
 
 def test_a_hundred_versions_are_loaded_at_once_and_each_is_served(tmp_path: Path) -> None:
-    with serving(tmp_path, max_loaded="110") as admin:
-        labels = [f"v{i:03}" for i in range(100)]
-        for i, label in enumerate(labels):
-            admin.pushed("toy", label, prefers=i % 2)
+    labels = [f"v{i:03}" for i in range(100)]
+    for i, label in enumerate(labels):
+        (folder := tmp_path / "policies" / "toy" / label).mkdir(parents=True)
+        for name, content in files_of("toy", label, prefers=i % 2).items():
+            (folder / name).write_bytes(content)
+    (folder.parent / "deployment.yaml").write_text("schema: 1\npolicy: toy\nchampion: v000\n")
+    with serving(tmp_path / "one", policies=str(tmp_path / "policies"), max_loaded="110") as admin:
 
         def loaded() -> int:
             return sum(each["loaded"] for each in admin.view("toy")["versions"].values())
 
-        assert loaded() == 100
+        until(lambda: loaded() == 100, "all versions")
         for i, label in enumerate(labels):
             admin.promote("toy", label)
             answer = admin.act("toy")

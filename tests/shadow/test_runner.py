@@ -109,8 +109,7 @@ def test_a_call_that_takes_too_long_is_ended_and_counts_as_a_fault() -> None:
     found = keeper.shown(rows_of(ALONE, rows(ENDLESS, [0.0, 1.0])))
     assert [score.fault for score in found] == ["inference_timeout"] * 2
     assert keeper.runner.totals.calls == 1
-    (after,) = keeper.shown(rows_of(ALONE, rows([0.0, 1.0])))
-    assert after.fault == ""
+    until(lambda: keeper.shown(rows_of(ALONE, rows([0.0, 1.0])))[-1].fault == "", "an answer in 50 ms")
 
 
 def test_one_kernel_that_nothing_interrupts_keeps_its_thread_and_nothing_else() -> None:
