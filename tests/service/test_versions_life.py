@@ -17,6 +17,8 @@ import redis
 
 from policies.bundle import content_digest
 from policies.store import StoredVersion, refs_of
+from policies.trial import try_bundle
+from policies.trial_template import Template
 from service.control import Control
 from service.redis_store import RedisStore
 from service.redis_streams import RedisStreams, connect
@@ -197,19 +199,18 @@ def test_versions_beyond_the_cap_are_not_loaded_but_can_be_promoted(tmp_path: Pa
 
 
 def test_a_hundred_versions_are_loaded_at_once_and_each_is_served(tmp_path: Path) -> None:
-    labels = [f"v{i:03}" for i in range(100)]
-    for i, label in enumerate(labels):
-        (folder := tmp_path / "policies" / "toy" / label).mkdir(parents=True)
-        for name, content in files_of("toy", label, prefers=i % 2).items():
-            (folder / name).write_bytes(content)
-    (folder.parent / "deployment.yaml").write_text("schema: 1\npolicy: toy\nchampion: v000\n")
-    with serving(tmp_path / "one", policies=str(tmp_path / "policies"), max_loaded="110") as admin:
+    bundles = {label: files_of("toy", label, prefers=i % 2) for i, label in enumerate(f"v{i:03}" for i in range(100))}
+    with serving(tmp_path, max_loaded="110") as admin, Template() as template:
+        for label, files in bundles.items():
+            # The service finds this verdict, and starts no process for each.
+            try_bundle(files, cache=admin.server.data_dir / "trials", run=template.run)
+            assert admin.push(files, "toy").status_code == 201, label
 
         def loaded() -> int:
             return sum(each["loaded"] for each in admin.view("toy")["versions"].values())
 
-        until(lambda: loaded() == 100, "all versions")
-        for i, label in enumerate(labels):
+        assert loaded() == 100
+        for i, label in enumerate(bundles):
             admin.promote("toy", label)
             answer = admin.act("toy")
             assert (answer["version"], answer["action"]) == (label, i % 2)
