@@ -14,6 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is the machine's affair.
+settings.register_profile("surefoot", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("surefoot")
 
 READY_S = 60.0
 EXIT_S = 40.0
