@@ -167,7 +167,7 @@ def test_a_replica_without_redis_still_knows_the_tokens(tmp_path: Path) -> None:
     valkey = EmbeddedValkey(tmp_path / "shared", maxmemory_bytes=64 << 20)
     url = valkey.start()
     try:
-        with serving(tmp_path / "one", redis_url=url, client_token="the-client") as admin:
+        with serving(tmp_path / "one", redis_url=url, client_token="the-client", grace_s="1") as admin:
             token = made(admin, "client")
             until(lambda: (admin.server.data_dir / "tokens.json").exists(), "the copy on disk")
             kept = admin.server.data_dir / "tokens.json"

@@ -162,7 +162,7 @@ def audited(admin: Admin) -> list[dict[str, Any]]:
 
 
 def test_a_halt_that_redis_was_not_told_names_the_others(tmp_path: Path, shared: EmbeddedValkey) -> None:
-    with replicas(tmp_path, shared, 2) as (one, two):
+    with replicas(tmp_path, shared, 2, grace_s="1") as (one, two):  # which they wait for Redis at their end
         one.pushed("toy", "v1")
         shared.stop()
         thrown = halt(one, "fallback_only")

@@ -81,5 +81,5 @@ def test_a_server_answers_while_every_fixture_is_tried(tmp_path: Path) -> None:
         code = server.stop()
     assert code == 0, server.log
     assert verdicts == [case.check for case in CASES]
-    assert len(statuses) > 500
+    assert len(statuses) > len(CASES), "it waits for none of them"
     assert set(statuses) == {200}
