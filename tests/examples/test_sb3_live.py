@@ -58,6 +58,7 @@ def export_by_the_recipe(model: Any, path: Path) -> None:
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A trained model and its plain file; the file's name becomes the policy's."""
     algorithm, environment, options, steps, *_ = CASES[request.param]
+    torch.set_num_threads(1)  # the networks are too small for threads, which only wait for each other
     model = getattr(sb3, algorithm)("MlpPolicy", environment, seed=0, device="cpu", **options).learn(steps)
     file = tmp_path_factory.mktemp("plain") / f"{request.param}.onnx"
     export_by_the_recipe(model, file)

@@ -19,6 +19,7 @@ from policies.types import Box, Choices, Floats
 sb3 = pytest.importorskip("stable_baselines3", reason="Stable-Baselines3 is not installed")
 gymnasium = pytest.importorskip("gymnasium", reason="Gymnasium is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
+torch.set_num_threads(1)  # the networks are too small for threads, which only wait for each other
 
 SPACES = gymnasium.spaces
 SMALL = {"net_arch": [16]}
