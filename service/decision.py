@@ -285,6 +285,8 @@ def raws(rows: npt.NDArray[np.generic]) -> list[msgspec.Raw]:
     count = len(rows)
     size = rows.nbytes // count
     head = _str_head(size)
+    if count == 1:
+        return [msgspec.Raw(head + rows.tobytes())]
     whole = np.empty((count, len(head) + size), dtype=np.uint8)
     whole[:, : len(head)] = np.frombuffer(head, dtype=np.uint8)
     whole[:, len(head) :] = np.ascontiguousarray(rows).view(np.uint8).reshape(count, size)
