@@ -4,6 +4,7 @@
     ├── RequestError                 what the caller sent cannot be used; sending it again will not help
     │   ├── BadJson          400     the body is not JSON
     │   ├── BadMsgpack       400     the body is not msgpack
+    │   ├── BadTimeout       400     a header that says how long a request may take cannot be used
     │   ├── InvalidField     422     a field has the wrong type, shape or value
     │   │   ├── UnknownField 422     a field or feature that does not exist
     │   │   ├── MissingField 422     a field or feature that must be there
@@ -33,6 +34,7 @@
     │   ├── BodyTooSlow      408
     │   └── WrongMethod      405
     ├── Unavailable          503     nothing was kept; the same request may succeed later (Retry-After)
+    │   ├── Overloaded       503     there was no time for it before its deadline
     │   ├── LedgerFull       503     the bounded buffer is full
     │   ├── LedgerBroken     503     the spool cannot be written
     │   │   └── Unconfirmed  503     kept here and on its way, but Redis's replicas have not confirmed it in time
@@ -87,6 +89,11 @@ class BadJson(RequestError):
 class BadMsgpack(RequestError):
     code = "bad_msgpack"
     title = "The body is not valid msgpack"
+
+
+class BadTimeout(RequestError):
+    code = "bad_timeout"
+    title = "The time that the request may take cannot be used"
 
 
 class InvalidField(RequestError):
@@ -264,6 +271,11 @@ class Unavailable(SurefootError):
     status = 503
     title = "The service cannot do this now"
     retry_after_s = 1
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+    title = "There are too many requests"
 
 
 class LedgerFull(Unavailable):

@@ -6,19 +6,22 @@ two turns instead of one fill batches more than twice as full under load), and n
 until it is committed where that is quick: 64 callers then share batches of 53 instead of 37. Each batch is one task,
 each part of it one call when it is decided: nothing is made for a row. Batches are cut at 20 ms of predicted inference,
 and at `max_batch` rows.
-Promise: every row that was put gets its outcome.
+Promise: every row that was put gets its outcome. Rows whose deadline passes before they are drawn are not drawn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import structlog
 
+from policies.errors import Overloaded
 from service.act import Decider
-from service.plan import Outcome, Row
+from service.plan import Group, Outcome, Row
 
 CUT_S = 0.020
 # A batch that took less with its commit keeps the next one waiting: an inline network, and a commit that waits for no
@@ -26,7 +29,7 @@ CUT_S = 0.020
 QUICK_S = 0.005
 
 Done = Callable[[Sequence[Outcome] | BaseException], None]  # told the outcomes in order, or what the pipeline raised
-Part = tuple[Sequence[Row], Done]
+Part = tuple[Sequence[Row], Done, float]  # the last: when it is too late to decide on them
 
 log = structlog.get_logger(__name__)
 
@@ -34,8 +37,9 @@ log = structlog.get_logger(__name__)
 class Coalescer:
     """Batches for one policy's pipeline. Use from the event loop's thread only."""
 
-    def __init__(self, decider: Decider, max_batch: int) -> None:
+    def __init__(self, decider: Decider, max_batch: int, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         self.decider = decider
+        self._monotonic_s = monotonic_s
         self._max_batch = max_batch
         self._waiting: deque[Part] = deque()
         self._scheduled = False
@@ -50,13 +54,16 @@ class Coalescer:
         plan = self.decider.plan
         return min(self._max_batch, plan.versions[plan.routes.champion].engine.rows_within(CUT_S))
 
-    def put(self, rows: Sequence[Row], done: Done) -> None:
-        """Queue rows to be decided in one batch, at most `limit` of them."""
-        self._waiting.append((rows, done))
+    def put(self, rows: Sequence[Row], done: Done, deadline_s: float = math.inf) -> None:
+        """Queue rows to be decided in one batch, at most `limit` of them.
+
+        deadline_s: if they cannot be drawn before, none is, nothing is recorded, and `done` is told Overloaded.
+        """
+        self._waiting.append((rows, done, deadline_s))
         if not self._scheduled:
             self._schedule()
 
-    def submit(self, rows: Sequence[Row]) -> asyncio.Future[Sequence[Outcome]]:
+    def submit(self, rows: Sequence[Row], deadline_s: float = math.inf) -> asyncio.Future[Sequence[Outcome]]:
         """Queue rows as `put` does. Gives their outcomes in order."""
         future: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
 
@@ -68,17 +75,19 @@ class Coalescer:
             else:
                 future.set_result(outcomes)
 
-        self.put(rows, done)
+        self.put(rows, done, deadline_s)
         return future
 
-    async def decide(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Decide on any number of rows, in as many batches as it takes."""
+    async def decide(self, rows: Sequence[Row], deadline_s: float = math.inf) -> list[Outcome]:
+        """Decide on any number of rows, in as many batches as it takes; what takes several is not left half done."""
         limit = self.limit
+        if len(rows) <= limit:
+            return [*await self.submit(rows, deadline_s)]
         parts = [self.submit(rows[start : start + limit]) for start in range(0, len(rows), limit)]
         return [outcome for part in parts for outcome in await part]
 
     def statistics(self) -> dict[str, int]:
-        return {"waiting": sum(len(rows) for rows, _ in self._waiting), "running": len(self._tasks)}
+        return {"waiting": sum(len(part[0]) for part in self._waiting), "running": len(self._tasks)}
 
     async def aclose(self) -> None:
         """Wait until every row that was put has its outcome."""
@@ -96,12 +105,17 @@ class Coalescer:
         self._next = asyncio.get_running_loop().create_task(self._run())
 
     def _cut(self) -> list[Part]:
-        waiting, limit = self._waiting, self.limit
+        waiting, limit, now_s = self._waiting, self.limit, self._monotonic_s()
         self._scheduled = False
-        batch = [waiting.popleft()]
-        count = len(batch[0][0])
-        while waiting and (count := count + len(waiting[0][0])) <= limit:
-            batch.append(waiting.popleft())
+        batch: list[Part] = []
+        count = 0
+        while waiting and (not batch or count + len(waiting[0][0]) <= limit):
+            part = waiting.popleft()
+            if part[2] <= now_s:
+                _tell(part[1], _late())
+            else:
+                batch.append(part)
+                count += len(part[0])
         return batch
 
     async def _run(self) -> None:
@@ -109,32 +123,59 @@ class Coalescer:
         assert task is not None
         self._tasks.add(task)
         self._inferring = True
-        began_s = task.get_loop().time()
+        began_s = self._monotonic_s()
         batch = self._cut()
         try:
-            _share_out(batch, await self._decide(batch))
+            groups = await self._infer(batch)
+            in_time, groups = _without_late(batch, groups, self._monotonic_s())
+            batch = in_time
+            _share_out(batch, await self.decider.settle(groups) if groups else [])
         except BaseException as error:
-            for _, done in batch:
+            for _, done, _ in batch:
                 _tell(done, error)
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._quick = task.get_loop().time() - began_s < QUICK_S
+            self._quick = self._monotonic_s() - began_s < QUICK_S
             self._tasks.discard(task)
             self._schedule()
 
-    async def _decide(self, batch: list[Part]) -> list[Outcome]:
+    async def _infer(self, batch: list[Part]) -> list[Group]:
         try:
-            groups = await self.decider.infer([row for rows, _ in batch for row in rows])
+            return await self.decider.infer([row for rows, _, _ in batch for row in rows]) if batch else []
         finally:
             self._inferring = False
             self._schedule()
-        return await self.decider.settle(groups)
+
+
+def _without_late(batch: list[Part], groups: list[Group], now_s: float) -> tuple[list[Part], list[Group]]:
+    """Tell parts whose deadline has passed meanwhile, and go on without their rows."""
+    if all(part[2] > now_s for part in batch):
+        return batch, groups
+    kept: list[int] = []  # rows that go on, by their old places
+    in_time, start = [], 0
+    for part in batch:
+        rows, done, deadline_s = part
+        if deadline_s > now_s:
+            in_time.append(part)
+            kept += range(start, start + len(rows))
+        else:
+            _tell(done, _late())
+        start += len(rows)
+    places = {old: new for new, old in enumerate(kept)}
+    left = [group.some([i for i, place in enumerate(group.index) if place in places]) for group in groups]
+    for group in left:
+        group.index = [places[place] for place in group.index]
+    return in_time, [group for group in left if group.rows]
+
+
+def _late() -> Overloaded:
+    return Overloaded("there was no time for it before its deadline")
 
 
 def _share_out(batch: list[Part], outcomes: list[Outcome]) -> None:
     start = 0
-    for rows, done in batch:
+    for rows, done, _ in batch:
         end = start + len(rows)
         _tell(done, outcomes[start:end])
         start = end

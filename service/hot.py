@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
-from policies.errors import SurefootError, WrongMethod
+from policies.errors import Overloaded, SurefootError, WrongMethod
 from service.absence import Absence
 from service.body import JSON, Disconnected, Head, Headers, Scope, expect_room, read_body, respond
 from service.callers import Caller, Callers
@@ -26,6 +26,7 @@ from service.clock import Clock
 from service.forms import MSGPACK, wants_msgpack
 from service.idempotency import Idempotency
 from service.metrics import Metrics
+from service.overload import Overload
 from service.packed import repacked
 from service.plan import Outcome, Row
 from service.problems import CONTENT_TYPE, problem
@@ -43,17 +44,27 @@ PROBLEM = CONTENT_TYPE.encode()
 
 
 class Asker(Head, ABC):
-    """One question for one action below ASGI, and whoever waits for its answer."""
+    """One question for one action below ASGI, and whoever waits for its answer. until_s: when it comes too late."""
 
-    __slots__ = ("body", "caller", "routes", "row")
+    __slots__ = ("body", "caller", "routes", "row", "until_s")
+    kind: Final = "act"
     body: bytes
     caller: Caller
     routes: HotRoutes
     row: Row
+    until_s: float
 
     @abstractmethod
     def answer(self, answer: Answer) -> None:
         """Take the answer. Called once, and never raises."""
+
+    def begin(self) -> None:
+        """Be parsed and decided now."""
+        self.routes.begin(self)
+
+    def refuse(self, error: SurefootError) -> None:
+        """Be told that it was in vain, without having been begun."""
+        self.answer(self.routes.refusal(self, error))
 
     def decided(self, outcomes: Sequence[Outcome] | BaseException) -> None:
         """Take what the pipeline says of the one row."""
@@ -72,6 +83,7 @@ class HotRoutes:
         metrics: Metrics,
         tracing: Tracing,
         clock: Clock,
+        overload: Overload,
         *,
         callers: Callers,
         max_body_bytes: int,
@@ -84,6 +96,7 @@ class HotRoutes:
         self._metrics = metrics
         self._tracing = tracing
         self._clock = clock
+        self._overload = overload
         self._callers = callers
         self.max_body_bytes = max_body_bytes
         self.body_timeout_s = body_timeout_s
@@ -120,24 +133,44 @@ class HotRoutes:
         return caller
 
     def ask(self, asker: Asker) -> None:
-        """Have one question decided and answered, now or later."""
+        """Have one question decided and answered, now or later; or refused when there is no time for it."""
+        now_s = self._clock.monotonic_s()
+        try:
+            asker.until_s = now_s + self._overload.time_for(asker.headers)
+        except SurefootError as error:
+            asker.refuse(error)
+            return
+        self._overload.enter(asker, now_s, len(asker.body))
+
+    def forget(self, asker: Asker) -> None:
+        """Take note that an asker has left. If it still waits it is never begun."""
+        self._overload.withdraw(asker)
+
+    def begin(self, asker: Asker) -> None:
+        """Parse a question, and have its row decided."""
         try:
             policy, row = self._questions.one(asker, asker.body, asker.caller)
         except Exception as error:
             asker.answer(self.refusal(asker, error))
+            self._overload.done()
             return
         asker.row = row
-        policy.coalescer.put((row,), asker.decided)
+        policy.coalescer.put((row,), asker.decided, asker.until_s)
 
     def tell(self, asker: Asker, outcomes: Sequence[Outcome] | BaseException) -> None:
         """Answer an asker, whose row was decided or could not be."""
         try:
             if isinstance(outcomes, BaseException):
+                if isinstance(outcomes, Overloaded):
+                    self._overload.count_late("act")
                 raise outcomes
-            answer = _answer(asker, self._decided(outcomes[0], asker.row))
+            took_s = self._clock.monotonic_s() - asker.row.arrived_s
+            answer = _answer(asker, self._decided(outcomes[0], asker.row, took_s))
+            self._overload.note(took_s)
         except Exception as error:
             answer = self.refusal(asker, error)
         asker.answer(answer)
+        self._overload.done()
 
     def refusal(self, head: Head, error: Exception) -> Answer:
         """What an error is answered with; it is counted."""
@@ -158,25 +191,41 @@ class HotRoutes:
         policy, row = self._questions.one(head, body, caller)
         key = head.headers.get(b"idempotency-key")
         if key is None:
-            return await self._decide_one(policy, row)
-        return await self._idempotency.once(policy.name, key, body, lambda: self._decide_one(policy, row))
+            return await self._decide_one(head, policy, row)
+        return await self._idempotency.once(policy.name, key, body, lambda: self._decide_one(head, policy, row))
 
-    async def _decide_one(self, policy: Served, row: Row) -> Reply:
-        (outcome,) = await policy.coalescer.submit((row,))
-        return self._decided(outcome, row)
+    async def _decide_one(self, head: Head, policy: Served, row: Row) -> Reply:
+        place = await self._overload.place(head.headers, "act", 0)
+        try:
+            (outcome,) = await policy.coalescer.submit((row,), place.deadline_s)
+        except Overloaded:
+            self._overload.count_late("act")
+            raise
+        finally:
+            self._overload.done()
+        return self._decided(outcome, row, self._clock.monotonic_s() - row.arrived_s)
 
-    def _decided(self, outcome: Outcome, row: Row) -> Reply:
+    def _decided(self, outcome: Outcome, row: Row, took_s: float) -> Reply:
         if isinstance(outcome, SurefootError):
             raise outcome
-        took_s = self._clock.monotonic_s() - row.arrived_s
         self._metrics.version(outcome.policy, outcome.version).duration.observe(took_s)
         return 200, encode(outcome), self._tracing.decision(outcome, row, took_s)
 
     # -- /act/batch ---------------------------------------------------------------------------------------------------
 
     async def _act_batch(self, head: Head, body: bytes, caller: Caller) -> Reply:
-        policy, rows = self._questions.several(head, body, caller)
-        outcomes = await policy.coalescer.decide(rows)
+        place = await self._overload.place(head.headers, "batch", len(body))
+        units = 1
+        try:
+            policy, rows = self._questions.several(head, body, caller)
+            units = len(rows)
+            self._overload.grow(units - 1)
+            outcomes = await policy.coalescer.decide(rows, place.deadline_s)
+        except Overloaded:
+            self._overload.count_late("batch")
+            raise
+        finally:
+            self._overload.done(units)
         took_s = self._clock.monotonic_s() - rows[0].arrived_s
         for version in {outcome.version for outcome in outcomes if isinstance(outcome, ActResponse)}:
             self._metrics.version(policy.name, version).duration.observe(took_s)

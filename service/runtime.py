@@ -46,6 +46,7 @@ from service.leases import Leases
 from service.ledger import Ledger
 from service.loading import Loading
 from service.metrics import Metrics
+from service.overload import Overload
 from service.questions import Served
 from service.redis_store import RedisStore
 from service.redis_streams import JoinConfig, RedisStreams, connect
@@ -96,6 +97,7 @@ class Runtime:
     trimming: Trimming
     watch: StoreWatch
     shadows: Shadows
+    overload: Overload
     estimating: Estimating
     clock: SystemClock
     admission: Admission
@@ -138,6 +140,7 @@ class Runtime:
                 self.metrics.breaker_open.labels(policy, version, "latency").set(counts.latency is Latency.OPEN)
         self.guarding.refresh_metrics(self.metrics)
         self.shadows.refresh_metrics()
+        self.overload.refresh_metrics()
         self.roll.refresh_metrics()
         self.metrics.control_age.set(self.catalog.age_s)
 
@@ -216,7 +219,15 @@ async def running(
         rewards = _rewards(serving, catalog.absence)
         idempotency = Idempotency(streams, settings.idempotency_ttl_s)
         stack.push_async_callback(idempotency.aclose)
-        hot = _hot_routes(serving, catalog.absence, rewards, idempotency, tracing, admission.callers)
+        overload = Overload(
+            clock,
+            metrics,
+            deadline_s=settings.deadline_s,
+            max_deadline_s=settings.max_deadline_s,
+            most=settings.max_concurrency,
+        )
+        shadows.pressed = overload.pressed
+        hot = _hot_routes(serving, catalog.absence, rewards, idempotency, tracing, overload, admission.callers)
         changes = Changes(catalog, clock)
         leader = Leader(streams)
         estimating = Estimating(streams, leader, clock, metrics.estimates)
@@ -240,6 +251,7 @@ async def running(
             Trimming(streams, metrics, Rules.of(settings)),
             StoreWatch(streams, metrics, settings.durability, ledger.confirm),
             shadows,
+            overload,
             estimating,
             clock,
             admission,
@@ -309,6 +321,7 @@ def _hot_routes(
     rewards: Rewards,
     idempotency: Idempotency,
     tracing: Tracing,
+    overload: Overload,
     callers: Callers,
 ) -> HotRoutes:
     settings = serving.settings
@@ -320,6 +333,7 @@ def _hot_routes(
         serving.metrics,
         tracing,
         serving.clock,
+        overload,
         callers=callers,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,

@@ -102,6 +102,16 @@ class Settings(BaseSettings):
     body_timeout_s: Seconds = Field(5.0, description="Headers, and then a body, that take longer get 408.")
     max_batch: int = Field(1024, ge=1, le=65536, description="Most rows in one inference call or batch request.")
 
+    # A caller who has waited for a second has mostly gone; the design's deadline.
+    deadline_s: float = Field(
+        1.0, gt=0, le=3600, description="A question that is not decided within this gets 503 (docs/overload.md)."
+    )
+    max_deadline_s: float = Field(
+        10.0, gt=0, le=3600, description="Most that a request's own X-Request-Timeout-Ms may be."
+    )
+    # 15 ms of the event loop; larger batches are hardly cheaper for each row.
+    max_concurrency: int = Field(256, ge=1, le=65536, description="Most rows that a worker decides at once.")
+
     # 100,000 episodes of an LSTM with 128 cells, before and after their last step.
     recurrent_memory_bytes: Bytes = Field(256 << 20, description="What recurrent versions of a policy may remember.")
     recurrent_ttl_s: Seconds = Field(3_600.0, description="An episode without a step for so long is forgotten.")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OF = ("policy", "version")
 STREAM: Final = "stream"  # scored, and not written
+OVERLOAD: Final = "overload"  # not shown: callers wait
 
 
 class ShadowMetrics:
@@ -55,6 +56,10 @@ class ShadowMetrics:
         """Count scores that did not get to Redis."""
         self._drops.labels(policy, version, STREAM).inc(count)
 
+    def unshown(self, policy: str, version: str, count: int) -> None:
+        """Count decisions that nobody had the time to show."""
+        self._drops.labels(policy, version, OVERLOAD).inc(count)
+
     def tell(self, policy: str, version: str, now: Statistics) -> None:
         """Bring a shadow's series up to date. Sums of a new runner go on from zero."""
         told = self._told.setdefault((policy, version), {})
@@ -77,7 +82,7 @@ class ShadowMetrics:
         self._told_drops.pop((policy, version), None)
         for metric in (*self._counters.values(), self._duration, self._waiting, self._lag, self._share, self._open):
             _remove(metric, policy, version)
-        for reason in (*get_args(Drop), STREAM):
+        for reason in (*get_args(Drop), STREAM, OVERLOAD):
             _remove(self._drops, policy, version, reason)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -63,6 +63,7 @@ class Shadows:
         self._cpu_share = cpu_share
         self._watching: dict[str, dict[str, _Watching]] = {}
         self._generations: dict[str, int] = {}
+        self.pressed: Callable[[], bool] = lambda: False  # callers wait, and shadows are given up first
 
     def follow(self, plan: Plan, deployment: Deployment) -> bool:
         """Have the shadows that a deployment names, as far as they are loaded. Gives whether there are any."""
@@ -84,6 +85,10 @@ class Shadows:
         """Show what was decided and recorded to the policy's shadows. Never raises."""
         watching = self._watching.get(policy)
         if not watching:
+            return
+        if self.pressed():
+            for label in watching:
+                self._metrics.unshown(policy, label, sum(len(each.group.rows) for each in settled))
             return
         try:
             now_s = self._clock.monotonic_s()

@@ -104,6 +104,9 @@ class ShortWay(Watched):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gathering = self._held = None
+        ask = self.cycle
+        if isinstance(ask, Ask) and not ask.response_complete:
+            ask.routes.forget(ask)
         super().connection_lost(exc)
 
     def resume_writing(self) -> None:

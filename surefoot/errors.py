@@ -140,6 +140,7 @@ class Unavailable(ApiError):
         "bundles_away",
         "not_ready",
         "unconfirmed",
+        "overloaded",
     )
 
 

@@ -20,10 +20,12 @@ from policies.bundle import read_bundle
 from policies.engine import Engine
 from service.absence import Absence
 from service.callers import Callers
+from service.clock import ManualClock
 from service.coalesce import Coalescer
 from service.hot import HotRoutes
 from service.ledger import Ledger
 from service.metrics import Metrics
+from service.overload import Overload
 from service.plan import LoadedVersion, Plan
 from service.questions import Served
 from service.states import StateReader
@@ -67,6 +69,8 @@ class Desk:
 
     routes: HotRoutes
     ledger: Ledger
+    overload: Overload
+    clock: ManualClock
 
     async def ask(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Send one request as a server would."""
@@ -90,18 +94,22 @@ class Desk:
 
 
 @contextmanager
-def desk(in_force: Plan, client: str | None = None) -> Iterator[Desk]:
-    """Hot routes around a pipeline. Needs a running event loop. client: the token that callers need."""
+def desk(in_force: Plan, client: str | None = None, most: int = 256) -> Iterator[Desk]:
+    """Hot routes around a pipeline. Needs a running event loop.
+
+    client: the token that callers need. most: rows that are decided at once.
+    """
     with decider(in_force, METRICS) as (pipeline, ledger, clock):
         served = Served(
             "toy",
             in_force.observation,
             in_force.action,
             StateReader(in_force.observation),
-            Coalescer(pipeline, MAX_BATCH),
+            Coalescer(pipeline, MAX_BATCH, clock.monotonic_s),
         )
         never = cast(Any, None)  # rewards and idempotency are not asked for
         callers = Callers(client, "an-admin-token", clock, METRICS, rate=1.0, failures_per_minute=100.0)
+        overload = Overload(clock, METRICS, deadline_s=1.0, max_deadline_s=10.0, most=most)
         routes = HotRoutes(
             {"toy": served},
             Absence({}, lambda: True),
@@ -110,12 +118,13 @@ def desk(in_force: Plan, client: str | None = None) -> Iterator[Desk]:
             METRICS,
             Tracing(),
             clock,
+            overload,
             callers=callers,
             max_body_bytes=MAX_BODY_BYTES,
             body_timeout_s=5.0,
             max_batch=MAX_BATCH,
         )
-        yield Desk(routes, ledger)
+        yield Desk(routes, ledger, overload, clock)
 
 
 Request = tuple[bytes, dict[str, str]]  # body, headers
