@@ -65,6 +65,7 @@ class Overload:
         self._limit = GradientLimit(most)
         self._room: WaitingRoom[Guest] = WaitingRoom(self._limit.limit)
         self._timer: asyncio.TimerHandle | None = None
+        self._look_at_s = 0.0
         self._admitting = False
 
     def time_for(self, headers: Mapping[bytes, bytes]) -> float:
@@ -144,12 +145,18 @@ class Overload:
 
     def _watch(self, now_s: float) -> None:
         due_s = self._room.next_deadline_s
-        if due_s is not None and self._timer is None:
-            wait_s = max(LOOK_EVERY_S, due_s - now_s)
-            self._timer = asyncio.get_running_loop().call_later(wait_s, self._look)
+        if due_s is None or (self._timer is not None and self._look_at_s <= due_s):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._look_at_s = max(due_s, now_s + LOOK_EVERY_S)
+        self._timer = asyncio.get_running_loop().call_later(self._look_at_s - now_s, self.look)
 
-    def _look(self) -> None:
-        self._timer = None
+    def look(self) -> None:
+        """Refuse those whose time is up. Called when it is."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         now_s = self._clock.monotonic_s()
         for guest in self._room.expired(now_s):
             self._metrics.shed.labels(guest.kind, "expired" if guest.until_s <= now_s else "full").inc()

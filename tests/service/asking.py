@@ -22,6 +22,7 @@ from service.absence import Absence
 from service.callers import Callers
 from service.clock import ManualClock
 from service.coalesce import Coalescer
+from service.decision import DecisionEvent
 from service.hot import HotRoutes
 from service.ledger import Ledger
 from service.metrics import Metrics
@@ -31,7 +32,7 @@ from service.questions import Served
 from service.states import StateReader
 from service.tracing import Tracing
 from tests.policies.networks import flattened_files
-from tests.service.pipelines import decider, plan
+from tests.service.pipelines import decider, plan, recorded
 
 MAX_BODY_BYTES = 1 << 20
 MAX_BATCH = 64
@@ -71,6 +72,7 @@ class Desk:
     ledger: Ledger
     overload: Overload
     clock: ManualClock
+    coalescer: Coalescer
 
     async def ask(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Send one request as a server would."""
@@ -87,6 +89,10 @@ class Desk:
         await self.routes(scope, receive, send)
         media = dict(sent[0]["headers"])[b"content-type"].decode()
         return Answer(sent[0]["status"], media, sent[1]["body"])
+
+    def events(self) -> list[DecisionEvent]:
+        """The decisions that the ledger holds, oldest first."""
+        return recorded(self.ledger)
 
     def recorded(self) -> list[bytes]:
         """What the ledger holds, batch by batch."""
@@ -109,7 +115,7 @@ def desk(in_force: Plan, client: str | None = None, most: int = 256) -> Iterator
         )
         never = cast(Any, None)  # rewards and idempotency are not asked for
         callers = Callers(client, "an-admin-token", clock, METRICS, rate=1.0, failures_per_minute=100.0)
-        overload = Overload(clock, METRICS, deadline_s=1.0, max_deadline_s=10.0, most=most)
+        overload = Overload(clock, METRICS, deadline_s=1.0, max_deadline_s=60.0, most=most)
         routes = HotRoutes(
             {"toy": served},
             Absence({}, lambda: True),
@@ -124,7 +130,7 @@ def desk(in_force: Plan, client: str | None = None, most: int = 256) -> Iterator
             body_timeout_s=5.0,
             max_batch=MAX_BATCH,
         )
-        yield Desk(routes, ledger, overload, clock)
+        yield Desk(routes, ledger, overload, clock, served.coalescer)
 
 
 Request = tuple[bytes, dict[str, str]]  # body, headers

@@ -118,10 +118,10 @@ class Client:
 
 @asynccontextmanager
 async def front(
-    short: bool = True, limit_s: float = 5.0, token: str | None = None, **settings: Any
+    short: bool = True, limit_s: float = 5.0, token: str | None = None, most: int = 256, **settings: Any
 ) -> AsyncIterator[Front]:
-    """Make a worker's HTTP side. short: with the short way, otherwise uvicorn as it is."""
-    with desk(planned((3,)), token) as found:
+    """Make a worker's HTTP side. short: with the short way, otherwise uvicorn as it is. most: decided at once."""
+    with desk(planned((3,)), token, most) as found:
         found.routes.body_timeout_s = limit_s
         worker = Worker(found.routes)
 

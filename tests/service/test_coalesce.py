@@ -10,39 +10,14 @@ from prometheus_client import CollectorRegistry
 
 from service import coalesce
 from service.coalesce import Coalescer
-from service.ledger import Appended, Ledger
 from service.metrics import Metrics
 from service.plan import Outcome
 from service.wire import ActResponse
 from tests.policies.networks import linear
+from tests.service.disks import Disk
 from tests.service.pipelines import decider, plan, recorded, rows, version
 
 V1 = version(Metrics(CollectorRegistry()), "v1", linear([[1, 0], [0, 1]]))
-
-
-class Disk:
-    """A ledger whose commits wait for the test."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.commits: list[tuple[int, asyncio.Future[None]]] = []
-        append = Ledger.append_nowait
-
-        def pending(ledger: Ledger, policy: str, count: int, blob: bytes, at_ms: int) -> Appended:
-            first = append(ledger, policy, count, blob, at_ms).first_seq
-            committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.commits.append((count, committed))
-            return Appended(first, committed)
-
-        monkeypatch.setattr(Ledger, "append_nowait", pending)
-
-    @property
-    def sizes(self) -> list[int]:
-        return [count for count, _ in self.commits]
-
-    async def until(self, batches: int) -> None:
-        async with asyncio.timeout(10.0):
-            while len(self.commits) < batches:
-                await asyncio.sleep(0)
 
 
 async def turns() -> None:
