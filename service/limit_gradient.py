@@ -21,8 +21,8 @@ WINDOW: Final = 64  # durations
 LONG_WINDOW: Final = 600  # windows
 TOLERANCE: Final = 2.0
 SMOOTHING: Final = 0.2
-# A batch of so few rows costs little more for each than a large one: below, throughput is given away.
-LEAST: Final = 32
+# A batch of so many rows costs each little more than a larger one: below, throughput is given away for nothing.
+LEAST: Final = 64
 
 
 class GradientLimit:

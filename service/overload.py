@@ -123,7 +123,7 @@ class Overload:
         self._metrics.shed.labels(kind, "late").inc()
 
     def pressed(self) -> bool:
-        """Whether not all who wait can be served in time: work that nobody waits for is to be left."""
+        """Whether there is more to be done than can be: work that nobody waits for is to be left."""
         return len(self._room) > 0 and self._room.pressed(self._clock.monotonic_s())
 
     def refresh_metrics(self) -> None:

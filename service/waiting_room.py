@@ -21,8 +21,10 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Final, Generic, TypeVar
 
-# A quarter: the three quarters that are left serve the newest while the oldest run out.
-PATIENCE: Final = 0.25
+# Half: until then whoever came first can still be served, however much came with it. From then on the newest go first.
+PATIENCE: Final = 0.5
+# A quarter: more is to be done than can be, and what nobody waits for is to be left.
+CALM: Final = 0.25
 # 64 bodies of the largest size that is taken by default.
 MOST_BYTES: Final = 64 << 20
 
@@ -87,7 +89,7 @@ class WaitingRoom(Generic[G]):
         """Admit whose turn it is; None: nobody's. To be called until then."""
         while self.inside < self.limit and len(self):
             waiting = self._waiting[0] or self._waiting[1]
-            name = next(reversed(waiting)) if _is_late(waiting, now_s) else next(iter(waiting))
+            name = next(reversed(waiting)) if _waits(waiting, now_s, PATIENCE) else next(iter(waiting))
             seat = waiting[name]
             guest = self._release(name)
             if now_s < seat.deadline_s:
@@ -113,8 +115,8 @@ class WaitingRoom(Generic[G]):
         return True
 
     def pressed(self, now_s: float) -> bool:
-        """Whether not all who wait can be served in time: the oldest has waited for too long."""
-        return any(_is_late(waiting, now_s) for waiting in self._waiting)
+        """Whether there is more to be done than can be: the oldest has waited for `CALM` of its time."""
+        return any(_waits(waiting, now_s, CALM) for waiting in self._waiting)
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -135,8 +137,9 @@ class WaitingRoom(Generic[G]):
         return seat.guest
 
 
-def _is_late(waiting: Queue[G], now_s: float) -> bool:
+def _waits(waiting: Queue[G], now_s: float, share: float) -> bool:
+    """Whether the oldest has waited for so much of its time."""
     if not waiting:
         return False
     oldest = next(iter(waiting.values()))
-    return now_s - oldest.came_s >= PATIENCE * (oldest.deadline_s - oldest.came_s)
+    return now_s - oldest.came_s >= share * (oldest.deadline_s - oldest.came_s)

@@ -52,7 +52,7 @@ def test_it_falls_when_decisions_take_longer_and_comes_back_when_they_do_not() -
     drive(limit, batching(), demand=1000, windows=50)
     slow = drive(limit, batching(0.05, 0.002), demand=1000, windows=20)
     assert slow == sorted(slow, reverse=True)
-    assert slow[-1] < 64
+    assert slow[-1] < 100
     back = drive(limit, batching(), demand=1000, windows=200)
     assert back[-1] == 256
 
@@ -61,7 +61,7 @@ def test_a_slowness_that_stays_is_the_pace_after_a_while() -> None:
     limit = GradientLimit(256)
     drive(limit, batching(), demand=1000, windows=50)
     found = drive(limit, batching(0.05, 0.0), demand=1000, windows=2_000)
-    assert min(found) < 64
+    assert min(found) < 100
     assert found[-1] == 256
 
 

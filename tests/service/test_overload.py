@@ -11,7 +11,7 @@ import pytest
 from service.inference import Inference
 from service.overload import BATCH_SHARE, ENVOYS, TIMEOUT
 from service.plan import Group
-from service.waiting_room import PATIENCE
+from service.waiting_room import CALM, PATIENCE
 from tests.service.asking import METRICS
 from tests.service.disks import Disk
 from tests.service.lines import BODY, Client, Front, front, request, run, turns, until
@@ -310,7 +310,7 @@ def test_other_routes_do_not_wait_and_shadows_are_given_up_first(monkeypatch: py
             aside = await here.connect()
             assert status(await aside.ask(request("/elsewhere", b""))) == 200
             pressed: Callable[[], bool] = here.desk.overload.pressed
-            here.desk.clock.advance(int(DEADLINE_MS * PATIENCE) - 1)
+            here.desk.clock.advance(int(DEADLINE_MS * CALM) - 1)
             assert not pressed()
             here.desk.clock.advance(1)
             assert pressed()
