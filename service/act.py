@@ -34,7 +34,7 @@ from service.ledger import Ledger
 from service.metrics import Metrics
 from service.pins import Pins
 from service.plan import Group, Outcome, Plan, Row, Safeguards, Settled
-from service.record import Answers, answer, as_unlogged, last_resort, unrecorded
+from service.record import Answers, answer, as_unlogged, executed, last_resort, unrecorded
 from service.settle import settle
 from service.wire import ActResponse
 
@@ -90,7 +90,12 @@ class Decider:
         """Constrain, explore, draw, check, record and answer."""
         outcomes: dict[int, Outcome] = {}
         seen: list[Settled] = []
-        for wave in waves(groups, self.safeguards):
+        cut = waves(groups, self.safeguards)
+        if len(cut) == 1:
+            together = await self._settle(groups, seen)
+            self._show(seen)
+            return together
+        for wave in cut:
             rows = sorted(index for group in wave for index in group.index)
             outcomes.update(zip(rows, await self._settle(wave, seen), strict=True))
         self._show(seen)
@@ -118,12 +123,11 @@ class Decider:
             answers = answer(settled, self._clock.event_ms(), self._keyring.signing.kid)
         except Exception:  # a bug: the promise of a safe answer holds all the same
             log.exception("pipeline_failed", policy=self._policy)
-            executed = {i: group.version.bundle.fallback for group in groups for i in group.index}
             if held is not None:
-                held.settle(executed)
+                held.settle({i: group.version.bundle.fallback for group in groups for i in group.index})
             return self._count(last_resort(groups))
         if held is not None:
-            held.settle(answers.executed)
+            held.settle(executed(settled, answers.outcomes))
         self._watch(settled)
         return await self._record(answers, settled, seen)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import structlog
@@ -253,21 +254,26 @@ def _answer(head: Head, reply: Reply) -> Answer:
     return status, body, JSON, extra
 
 
-_COLUMNS = (
-    "decision_id", "assigned_version", "version", "role", "action", "action_name", "propensity",
-    "propensity_reason", "explored", "fallback", "logged", "propensity_kind", "log_propensity", "state_reset",
-)  # fmt: skip
+_COLUMNS = {  # by where they are in an answer
+    **{
+        name: name
+        for name in (
+            "decision_id", "assigned_version", "version", "role", "action", "action_name", "propensity",
+            "propensity_reason", "explored", "fallback", "logged", "propensity_kind", "log_propensity", "state_reset",
+        )
+    },
+    "exploration.epsilon": "epsilon",
+    "safety.overridden": "overridden",
+}  # fmt: skip
+_READ = attrgetter(*_COLUMNS)
+_NOTHING = (None,) * len(_COLUMNS)
 
 
 def _columns(policy: str, generation: int, outcomes: list[Outcome]) -> ActBatchResponse:
-    def column(read: Callable[[ActResponse], Any]) -> list[Any]:
-        return [read(outcome) if isinstance(outcome, ActResponse) else None for outcome in outcomes]
-
+    rows = [_READ(outcome) if isinstance(outcome, ActResponse) else _NOTHING for outcome in outcomes]
     return ActBatchResponse(
         policy=policy,
         generation=generation,
-        **{name: column(lambda answer, name=name: getattr(answer, name)) for name in _COLUMNS},  # type: ignore[misc]
-        epsilon=column(lambda answer: answer.exploration.epsilon),
-        overridden=column(lambda answer: answer.safety.overridden),
+        **dict(zip(_COLUMNS.values(), map(list, zip(*rows, strict=True)), strict=True)),
         errors=[problem(each, row=row) for row, each in enumerate(outcomes) if isinstance(each, SurefootError)],
     )

@@ -27,24 +27,31 @@ class Answers:
     blob: bytes
     count: int
     at_ms: int
-    executed: dict[int, tuple[float, ...] | None]  # by place in the batch; None: refused
 
 
 def answer(settled: list[Settled], at_ms: int, kid: int) -> Answers:
     """Build outcomes and events. Rows that may not be answered (`fallback: none`) are refused and not recorded."""
     placed: dict[int, Outcome] = {}
     events: list[tuple[object, ...]] = []
-    executed: dict[int, tuple[float, ...] | None] = {}
     for part in settled:
         rows = SettledRows(part, at_ms, kid)
+        may_refuse = part.group.version.bundle.fallback is None
         for i, index in enumerate(part.group.index):
-            if rows.refused(i):
-                executed[index], placed[index] = None, NoSafeAction("no action is allowed for this state")
+            if may_refuse and rows.refused(i):
+                placed[index] = NoSafeAction("no action is allowed for this state")
                 continue
-            executed[index] = rows.executed(i)
             event, placed[index] = rows.both(i)
             events.append(event)
-    return Answers(_in_order(placed), encode_columns(events), len(events), at_ms, executed)
+    # One group has its rows in the order of the batch.
+    outcomes = list(placed.values()) if len(settled) == 1 else _in_order(placed)
+    return Answers(outcomes, encode_columns(events), len(events), at_ms)
+
+
+def executed(settled: Sequence[Settled], outcomes: Sequence[Outcome]) -> dict[int, tuple[float, ...] | None]:
+    """What each row executed, by its place in the batch; None: it was refused. outcomes: of `answer`."""
+    actions = {i: action for part in settled for i, action in zip(part.group.index, part.actions.tolist(), strict=True)}
+    order = zip(sorted(actions), outcomes, strict=True)
+    return {i: tuple(actions[i]) if isinstance(outcome, ActResponse) else None for i, outcome in order}
 
 
 def _in_order(placed: dict[int, Outcome]) -> list[Outcome]:

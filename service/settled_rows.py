@@ -102,9 +102,6 @@ class SettledRows:
         """Whether a row may not be answered: the fallback would be, and none is declared."""
         return self._bundle.fallback is None and (self._fallen[i] or not self._passed[i])
 
-    def executed(self, i: int) -> tuple[float, ...]:
-        return tuple(self._actions[i])
-
     def both(self, i: int) -> tuple[tuple[object, ...], ActResponse]:
         """The columns of a row's event, and its answer."""
         group = self._group
