@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from policies.errors import Overloaded
 from service import coalesce
 from service.coalesce import Coalescer
 from service.metrics import Metrics
@@ -73,6 +75,31 @@ def test_what_takes_long_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
                 committed.set_result(None)
             await coalescer.aclose()
             assert coalescer.statistics() == {"waiting": 0, "running": 0}
+
+    asyncio.run(work())
+
+
+def test_rows_that_come_too_late_are_not_even_inferred() -> None:
+    async def work() -> None:
+        with decider(plan({"v1": V1})) as (pipeline, ledger, clock):
+            engine, asked = pipeline.plan.versions["v1"].engine, list[int]()
+            step = engine.step
+
+            def note(states: Any, *given: Any) -> Any:
+                asked.append(len(states))
+                return step(states, *given)
+
+            engine.step = note  # type: ignore[method-assign,assignment]
+            coalescer = Coalescer(pipeline, 8, clock.monotonic_s)
+            late = coalescer.submit(rows([0.0, 1.0]), clock.monotonic_s())
+            good = coalescer.submit(rows([0.0, 1.0]), clock.monotonic_s() + 0.001)
+            with pytest.raises(Overloaded):
+                await late
+            assert len(await good) == 1
+            with pytest.raises(Overloaded):
+                await coalescer.decide(rows([0.0, 1.0]), clock.monotonic_s())
+            assert (asked, len(recorded(ledger))) == ([1], 1)
+            await coalescer.aclose()
 
     asyncio.run(work())
 

@@ -65,6 +65,12 @@ def test_a_slowness_that_stays_is_the_pace_after_a_while() -> None:
     assert found[-1] == 256
 
 
+def test_a_clock_that_stands_still_tells_it_nothing() -> None:
+    limit = GradientLimit(256, first=100)
+    assert {*drive(limit, lambda _: 0.0, demand=1000, windows=10)} == {100}
+    assert limit.long_s == 0.0
+
+
 def test_one_slow_window_costs_little() -> None:
     limit = GradientLimit(256)
     drive(limit, batching(), demand=1000, windows=50)

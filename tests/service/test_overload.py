@@ -263,6 +263,21 @@ def test_batches_come_last_and_are_refused_first_and_whole(monkeypatch: pytest.M
     run(work)
 
 
+def test_a_question_comes_before_a_batch_that_came_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+
+    async def work() -> None:
+        async with front(most=1) as here:
+            clients = await asking(here, request(), request("/act/batch", BATCH), request())
+            for batch in (1, 2, 3):
+                await disk.until(batch)
+                disk.commit()
+            assert [status(await client.answer()) for client in clients] == [200] * 3
+            assert disk.sizes == [1, 1, 2]
+
+    run(work)
+
+
 def test_a_batch_that_is_cut_in_several_is_decided_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     body = json.dumps({"states": [[0, 0, 0]] * 6}).encode()

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from policies.errors import LedgerFull
 from safety.document import read_rules
+from service.clock import SystemClock
 from service.coalesce import Coalescer
 from service.ledger import Appended, Ledger
 from service.metrics import SECONDS
@@ -24,8 +25,9 @@ from service.redis_streams import RedisStreams, connect
 from service.ruling import Ruling
 from service.shadow_metrics import ShadowMetrics
 from service.shadow_stream import ShadowStream
+from service.shadows import Shadows
 from tests.policies.growing import ENDLESS
-from tests.service.pipelines import IDENTITY, decider, plan, rows, version
+from tests.service.pipelines import IDENTITY, KEYS, decider, plan, rows, version
 from tests.service.test_act_spaces import factors, points
 from tests.service.watching import (
     METRICS,
@@ -219,6 +221,20 @@ def test_scores_that_nobody_writes_are_bounded_and_counted() -> None:
     dropped = registry.get_sample_value("surefoot_shadow_drops_total", labels)
     assert dropped is not None
     assert dropped + stream.statistics()["entries"] == 31
+
+
+def test_while_callers_wait_shadows_are_shown_nothing_and_that_is_counted() -> None:
+    metrics = ShadowMetrics(registry := CollectorRegistry(), SECONDS)
+    stream = ShadowStream(RedisStreams(connect(NOWHERE)), metrics, 100)
+    shadows = Shadows(KEYS, SystemClock(), metrics, stream, 0.2)
+    in_force, batches = plan({"v1": LIVE["greedy"], "s": LIVE["greedy"]}), [[Row(state=[0.0, 1.0])] * 5] * 2
+    for pressed, scored, dropped in ((True, 0, 10), (False, 10, 10)):
+        shadows.pressed = lambda pressed=pressed: pressed  # type: ignore[misc]
+        decided(in_force, batches, None, shadows)
+        assert shadows.view("toy")[0]["scored"] == scored
+        labels = {"policy": "toy", "version": "s", "reason": "overload"}
+        assert registry.get_sample_value("surefoot_shadow_drops_total", labels) == dropped
+    asyncio.run(shadows.aclose())
 
 
 def test_a_stuck_shadow_holds_a_bounded_number_of_rows_and_nobody_waits_for_it() -> None:

@@ -117,6 +117,18 @@ def test_answers_are_those_of_the_long_way_byte_for_byte(data: bytes) -> None:
     run(work)
 
 
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("plain", 200), ("just not infinite", 200), ("just infinite", 422), ("infinite", 422), ("misshapen", 422)],
+)
+def test_a_state_is_taken_as_far_as_its_dtype_holds_it(name: str, status: int) -> None:
+    async def work() -> None:
+        answer, recorded = await told(True, REQUESTS[name])
+        assert (int(answer[9:12]), recorded) == (status, int(status == 200))
+
+    run(work)
+
+
 def test_plain_questions_go_the_short_way_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     ask = HotRoutes.ask
@@ -321,9 +333,9 @@ def test_a_client_that_does_not_read_is_not_written_to_and_misses_nothing() -> N
                 sent += 1
                 await until(lambda: here.recorded == sent)  # noqa: B023
                 await turns()
+            buffered = line.transport.get_write_buffer_size()
             await client.send(data)
             await until(lambda: here.recorded == sent + 1)
-            buffered = line.transport.get_write_buffer_size()
             await turns()
             assert line.transport.get_write_buffer_size() == buffered
             ids = [

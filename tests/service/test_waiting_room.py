@@ -96,10 +96,11 @@ def test_too_many_bytes_push_out_low_rank_and_then_the_oldest() -> None:
 
 def test_who_leaves_is_forgotten() -> None:
     room: WaitingRoom[Guest] = WaitingRoom(0)
-    here, gone = Guest(0), Guest(1)
+    here, gone = Guest(0), Guest(1, deadline_s=0.5)
     enter(room, gone)
     enter(room, here)
     assert (room.withdraw(gone), room.withdraw(gone), room.withdraw(Guest(2))) == (True, False, False)
+    assert room.next_deadline_s == 1.0, "of who stays"
     room.limit = 5
     assert admitted(room, 0.0) == [0]
     assert room.expired(9.0) == []
