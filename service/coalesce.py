@@ -44,6 +44,8 @@ class Coalescer:
         self._waiting: deque[Part] = deque()
         self._scheduled = False
         self._inferring = False
+        self._inferred = 0  # rows
+        self._infer_s = 0.0  # what the last inference took
         self._quick = True  # as far as the last batch tells
         self._tasks: set[asyncio.Task[None]] = set()
         self._next: asyncio.Task[None] | None = None  # which the loop alone would forget
@@ -86,6 +88,13 @@ class Coalescer:
         parts = [self.submit(rows[start : start + limit]) for start in range(0, len(rows), limit)]
         return [outcome for part in parts for outcome in await part]
 
+    @property
+    def away(self) -> int:
+        """Rows that wait for a network off the loop: one on it would let nobody ask."""
+        if not self._inferring:
+            return 0
+        return self._inferred + sum(len(part[0]) for part in self._waiting)
+
     def statistics(self) -> dict[str, int]:
         return {"waiting": sum(len(part[0]) for part in self._waiting), "running": len(self._tasks)}
 
@@ -105,13 +114,17 @@ class Coalescer:
         self._next = asyncio.get_running_loop().create_task(self._run())
 
     def _cut(self) -> list[Part]:
-        waiting, limit, now_s = self._waiting, self.limit, self._monotonic_s()
+        waiting, limit = self._waiting, self.limit
+        # Whoever has less time than the network took the last time would be decided too late. Half of that the next
+        # time, so that one bad call is forgotten although nobody is let in who could disprove it.
+        enough_s = self._monotonic_s() + self._infer_s
+        self._infer_s /= 2
         self._scheduled = False
         batch: list[Part] = []
         count = 0
         while waiting and (not batch or count + len(waiting[0][0]) <= limit):
             part = waiting.popleft()
-            if part[2] <= now_s:
+            if part[2] <= enough_s:
                 _tell(part[1], _late())
             else:
                 batch.append(part)
@@ -141,9 +154,13 @@ class Coalescer:
             self._schedule()
 
     async def _infer(self, batch: list[Part]) -> list[Group]:
+        rows = [row for rows, _, _ in batch for row in rows]
+        self._inferred, began_s = len(rows), self._monotonic_s()
         try:
-            return await self.decider.infer([row for rows, _, _ in batch for row in rows]) if batch else []
+            return await self.decider.infer(rows) if rows else []
         finally:
+            if rows:
+                self._infer_s = self._monotonic_s() - began_s
             self._inferring = False
             self._schedule()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Literal, Protocol
 
 from policies.errors import BadTimeout, Overloaded, SurefootError
@@ -30,6 +30,7 @@ ENVOYS: Final = "x-envoy-expected-rq-timeout-ms"
 BATCH_SHARE: Final = 0.5  # of its time, that a batch waits
 # A refusal may come so much late, and takes others along: timers are not made for each.
 LOOK_EVERY_S: Final = 0.005
+LOOK_AGAIN_S: Final = 0.02
 
 Kind = Literal["act", "batch"]
 
@@ -56,8 +57,17 @@ class Guest(Protocol):
 class Overload:
     """What a worker takes on. Use from the event loop's thread only."""
 
-    def __init__(self, clock: Clock, metrics: Metrics, *, deadline_s: float, max_deadline_s: float, most: int) -> None:
-        """most: rows that are decided at once, at the most."""
+    def __init__(
+        self,
+        clock: Clock,
+        metrics: Metrics,
+        away: Callable[[], int] = lambda: 0,
+        *,
+        deadline_s: float,
+        max_deadline_s: float,
+        most: int,
+    ) -> None:
+        """most: rows that are decided at once, at the most. away: how many of them wait for a network elsewhere."""
         self._clock = clock
         self._metrics = metrics
         self._deadline_s = deadline_s
@@ -66,6 +76,8 @@ class Overload:
         self._room: WaitingRoom[Guest] = WaitingRoom(self._limit.limit)
         self._timer: asyncio.TimerHandle | None = None
         self._look_at_s = 0.0
+        self._away = away
+        self._raised = False  # the room's limit is higher by those that are away
         self._admitting = False
 
     def time_for(self, headers: Mapping[bytes, bytes]) -> float:
@@ -82,8 +94,10 @@ class Overload:
         """Begin with a guest, or have it wait."""
         if self._room.enter(guest, now_s, guest.until_s, size=size, low=guest.kind == "batch"):
             guest.begin()
-        else:
-            self._watch(now_s)
+            return
+        if not self._admitting:
+            self._admit()
+        self._watch(now_s)
 
     async def place(self, headers: Mapping[bytes, bytes], kind: Kind, size: int) -> Place:
         """Wait until somebody who is awaited may be begun with. Raises BadTimeout or Overloaded."""
@@ -105,13 +119,13 @@ class Overload:
     def done(self, units: int = 1) -> None:
         """Say that who was begun with is through. Others may begin."""
         self._room.leave(units)
-        if len(self._room) and not self._admitting:
+        if (len(self._room) or self._raised) and not self._admitting:
             self._admit()
 
     def note(self, took_s: float) -> None:
         """Take what a decision has taken."""
         if self._limit.note(took_s, self._room.inside):
-            self._room.limit = self._limit.limit  # `done` follows, and lets in whom it can
+            self._fit()  # `done` follows, and lets in whom it can
 
     def withdraw(self, guest: Guest) -> None:
         """Forget a guest who has left, if it waits."""
@@ -135,9 +149,16 @@ class Overload:
     def statistics(self) -> dict[str, int]:
         return self._room.statistics()
 
+    def _fit(self) -> None:
+        """Set the room's limit: rows that wait for a network elsewhere keep nobody from being decided here."""
+        away = self._away() if self._room.inside >= self._limit.limit else 0
+        self._raised = away > 0
+        self._room.limit = self._limit.limit + away
+
     def _admit(self) -> None:
         self._admitting = True  # who is begun with may be done before the next one is
         try:
+            self._fit()
             while (guest := self._room.admit(self._clock.monotonic_s())) is not None:
                 guest.begin()
         finally:
@@ -149,11 +170,11 @@ class Overload:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._look_at_s = max(due_s, now_s + LOOK_EVERY_S)
+        self._look_at_s = min(max(due_s, now_s + LOOK_EVERY_S), now_s + LOOK_AGAIN_S)
         self._timer = asyncio.get_running_loop().call_later(self._look_at_s - now_s, self.look)
 
     def look(self) -> None:
-        """Refuse those whose time is up. Called when it is."""
+        """Refuse those whose time is up, and let in whom others have made room for by going elsewhere."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -161,6 +182,8 @@ class Overload:
         for guest in self._room.expired(now_s):
             self._metrics.shed.labels(guest.kind, "expired" if guest.until_s <= now_s else "full").inc()
             guest.refuse(Overloaded("there was no time for it before its deadline"))
+        if len(self._room) and not self._admitting:
+            self._admit()
         self._watch(now_s)
 
 

@@ -58,6 +58,10 @@ class Served:
         small = len(self.observation.shape) == 1 and self.observation.size <= SMALL
         object.__setattr__(self, "beyond", BEYOND[self.observation.dtype] if small else None)
 
+    def away(self) -> int:
+        """Rows that wait for a network off the loop."""
+        return self.coalescer.away
+
 
 class Questions:
     """Reads questions about the policies that are served now."""

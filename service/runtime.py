@@ -222,6 +222,7 @@ async def running(
         overload = Overload(
             clock,
             metrics,
+            lambda: sum(served.away() for served in serving.policies.values()),
             deadline_s=settings.deadline_s,
             max_deadline_s=settings.max_deadline_s,
             most=settings.max_concurrency,

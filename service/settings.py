@@ -115,7 +115,8 @@ class Settings(BaseSettings):
     # 100,000 episodes of an LSTM with 128 cells, before and after their last step.
     recurrent_memory_bytes: Bytes = Field(256 << 20, description="What recurrent versions of a policy may remember.")
     recurrent_ttl_s: Seconds = Field(3_600.0, description="An episode without a step for so long is forgotten.")
-    inference_timeout_s: Seconds = Field(1.0, description="A network call that takes longer gets the fallback.")
+    # Half of the default deadline: a question whose network hangs gets the fallback while its caller is still there.
+    inference_timeout_s: Seconds = Field(0.5, description="A network call that takes longer gets the fallback.")
 
     # 64 MiB is some 200,000 small decisions: half a minute of full speed on one core.
     ledger_buffer_bytes: Bytes = Field(64 << 20, description="Events waiting in memory before the ledger refuses.")
@@ -201,6 +202,12 @@ def load_settings() -> Settings:
         raise ConfigError(
             "TLS needs SUREFOOT_TLS_CERT and SUREFOOT_TLS_KEY, both; SUREFOOT_TLS_CLIENT_CA goes with them",
             "SUREFOOT_TLS_CERT",
+        )
+    if settings.inference_timeout_s >= settings.deadline_s:
+        raise ConfigError(
+            f"SUREFOOT_INFERENCE_TIMEOUT_S is {settings.inference_timeout_s:g} and must be below SUREFOOT_DEADLINE_S, "
+            f"which is {settings.deadline_s:g}: a network that hangs would never get as far as the fallback",
+            "SUREFOOT_INFERENCE_TIMEOUT_S",
         )
     if not (settings.is_loopback or settings.client_token or settings.allow_open):
         raise ConfigError(

@@ -13,7 +13,7 @@ from policies.errors import Overloaded
 from service import coalesce
 from service.coalesce import Coalescer
 from service.metrics import Metrics
-from service.plan import Outcome
+from service.plan import Group, Outcome, Row
 from service.wire import ActResponse
 from tests.policies.networks import linear
 from tests.service.disks import Disk
@@ -100,6 +100,40 @@ def test_rows_that_come_too_late_are_not_even_inferred() -> None:
                 await coalescer.decide(rows([0.0, 1.0]), clock.monotonic_s())
             assert (asked, len(recorded(ledger))) == ([1], 1)
             await coalescer.aclose()
+
+    asyncio.run(work())
+
+
+def test_whoever_has_less_time_than_the_network_takes_is_not_let_in_and_one_bad_call_is_forgotten() -> None:
+    async def work() -> None:
+        with decider(plan({"v1": V1})) as (pipeline, ledger, clock):
+            coalescer, infer, takes_ms = Coalescer(pipeline, 8, clock.monotonic_s), pipeline.infer, 0
+
+            async def slow(given: Sequence[Row]) -> list[Group]:
+                groups = await infer(given)
+                clock.advance(takes_ms)
+                return groups
+
+            pipeline.infer = slow  # type: ignore[method-assign,assignment]
+
+            async def within(ms: int) -> bool:
+                try:
+                    await coalescer.submit(rows([0.0, 1.0]), clock.monotonic_s() + ms / 1000)
+                except Overloaded:
+                    return False
+                return True
+
+            takes_ms = 100
+            assert await within(101)
+            before = clock.now_ms
+            assert [await within(99), clock.now_ms == before] == [False, True], "the network is not asked"
+            takes_ms = 10
+            assert [await within(30), await within(30)] == [False, True], "half of it, and then what it takes now"
+            takes_ms = 1000
+            assert not await within(500)
+            takes_ms = 10
+            assert [await within(200) for _ in range(5)] == [False, False, False, True, True]
+            assert len(recorded(ledger)) == 4
 
     asyncio.run(work())
 

@@ -45,7 +45,7 @@ def counted(admin: Admin, policy: str, reason: str) -> float:
 
 
 def test_a_state_that_makes_a_network_hang_gets_the_fallback_while_others_are_answered(tmp_path: Path) -> None:
-    with serving(tmp_path, inference_timeout_s="3") as admin, ThreadPoolExecutor(1) as caller:
+    with serving(tmp_path, inference_timeout_s="3", deadline_s="30") as admin, ThreadPoolExecutor(1) as caller:
         push(admin, "looper", loop())
         admin.pushed("toy", "v1", prefers=1)
         before = workers(admin)

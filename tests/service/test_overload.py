@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
+from policies.errors import ConfigError
 from service.inference import Inference
 from service.overload import BATCH_SHARE, ENVOYS, TIMEOUT
-from service.plan import Group
+from service.plan import Group, Row
+from service.settings import load_settings
 from service.waiting_room import CALM, PATIENCE
 from tests.service.asking import METRICS
 from tests.service.disks import Disk
@@ -350,6 +353,39 @@ def test_a_thousand_bad_requests_that_waited_are_refused_one_after_the_other(mon
             assert waiting(here) == 399
             disk.commit()
             assert {status(await client.answer()) for client in clients[1:]} == {400}
+
+    run(work)
+
+
+def test_a_network_may_not_take_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().inference_timeout_s < load_settings().deadline_s
+    monkeypatch.setenv("SUREFOOT_DEADLINE_S", "0.5")
+    with pytest.raises(ConfigError, match="must be below SUREFOOT_DEADLINE_S, which is 0.5"):
+        load_settings()
+    monkeypatch.setenv("SUREFOOT_INFERENCE_TIMEOUT_S", "0.4")
+    assert load_settings().deadline_s == 0.5
+
+
+def test_rows_that_are_away_keep_nobody_from_being_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+
+    async def work() -> None:
+        async with front(most=2) as here:
+            coalescer, answer = here.desk.coalescer, asyncio.Event()
+            infer = coalescer.decider.infer
+
+            async def elsewhere(rows: Sequence[Row]) -> list[Group]:
+                await answer.wait()
+                return await infer(rows)
+
+            monkeypatch.setattr(coalescer.decider, "infer", elsewhere)
+            clients = await asking(here, *[request()] * 5)
+            assert (coalescer.away, waiting(here)) == (5, 0)
+            answer.set()
+            await commit_until(disk, lambda: here.recorded == 5)
+            assert [status(await client.answer()) for client in clients] == [200] * 5
+            assert coalescer.away == 0
+            assert here.desk.overload.statistics() == {"limit": 2, "inside": 0, "waiting": 0, "bytes": 0}
 
     run(work)
 
