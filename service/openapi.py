@@ -50,6 +50,10 @@ _ROUTES: dict[str, tuple[str, str, str, str, dict[str, Any], dict[str, Any]]] = 
     ),
 }  # fmt: skip
 _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "X-Request-Timeout-Ms": (
+        "Milliseconds that the request may take; what is not decided by then is refused.",
+        {"pattern": "^[1-9][0-9]{0,8}$"},
+    ),
     "Surefoot-Dtype": ("Raw bodies: what the numbers are, little-endian.", {"enum": ["<f4", "<f8", "|u1"]}),
     "Surefoot-Shape": ("Raw bodies: of the state, as 84,84,4; of a batch with the number of states in front.", {}),
     "Inference-Header-Content-Length": ("Raw bodies: bytes of JSON before the numbers.", {"pattern": "^[0-9]+$"}),

@@ -54,7 +54,7 @@ class NoEvent:
 class Ask(Asker):
     """One question on its way: what uvicorn takes for a cycle, and whom the hot routes answer."""
 
-    __slots__ = ("disconnected", "keep_alive", "parts", "response_complete", "size", "way")
+    __slots__ = ("disconnected", "keep_alive", "parts", "response_complete", "size", "way", "whole")
     message_event = NoEvent()
 
     def __init__(self, way: ShortWay, path: str, headers: dict[bytes, bytes], keep_alive: bool) -> None:
@@ -65,6 +65,7 @@ class Ask(Asker):
         self.body = b""
         self.parts: list[bytes] = []
         self.size = 0
+        self.whole = False  # nothing of it is to come any more
         self.response_complete = False
         self.disconnected = False
 
@@ -150,6 +151,7 @@ class ShortWay(Watched):
             self._awaits(NOTHING)
             ask.body = ask.parts[0] if len(ask.parts) == 1 else b"".join(ask.parts)
             ask.parts.clear()
+            ask.whole = True
             ask.routes.ask(ask)
         elif not isinstance(self.cycle, Ask):
             super().on_message_complete()
@@ -180,6 +182,8 @@ class ShortWay(Watched):
             )
         )
         ask.response_complete = True
+        if ask.whole and id(self.cycle) == id(ask):  # an idle connection holds no body
+            self.cycle = None  # type: ignore[assignment]  # as in the beginning
         if closes:
             transport.close()
         self.on_response_complete()

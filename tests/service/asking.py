@@ -115,9 +115,7 @@ def desk(in_force: Plan, client: str | None = None, most: int = 256) -> Iterator
         )
         never = cast(Any, None)  # rewards and idempotency are not asked for
         callers = Callers(client, "an-admin-token", clock, METRICS, rate=1.0, failures_per_minute=100.0)
-        overload = Overload(
-            clock, METRICS, lambda: served.coalescer.away, deadline_s=1.0, max_deadline_s=60.0, most=most
-        )
+        overload = Overload(clock, METRICS, served.away, deadline_s=1.0, max_deadline_s=60.0, most=most)
         routes = HotRoutes(
             {"toy": served},
             Absence({}, lambda: True),

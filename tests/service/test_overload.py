@@ -360,7 +360,7 @@ def test_a_thousand_bad_requests_that_waited_are_refused_one_after_the_other(mon
 def test_a_network_may_not_take_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().inference_timeout_s < load_settings().deadline_s
     monkeypatch.setenv("SUREFOOT_DEADLINE_S", "0.5")
-    with pytest.raises(ConfigError, match="must be below SUREFOOT_DEADLINE_S, which is 0.5"):
+    with pytest.raises(ConfigError, match=r"must be below SUREFOOT_DEADLINE_S, which is 0\.5"):
         load_settings()
     monkeypatch.setenv("SUREFOOT_INFERENCE_TIMEOUT_S", "0.4")
     assert load_settings().deadline_s == 0.5
