@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import re
@@ -363,6 +364,17 @@ def test_idle_connections_are_closed_and_those_that_wait_are_not(monkeypatch: py
             held.release()
             assert (await waiting.answer()).startswith(b"HTTP/1.1 200")
             assert await waiting.rest() == b""
+
+    run(work)
+
+
+def test_an_idle_connection_holds_nothing_of_what_was_asked() -> None:
+    async def work() -> None:
+        async with front() as here:
+            client = await here.connect()
+            await client.ask(request())
+            gc.collect()
+            assert not [each for each in gc.get_objects() if isinstance(each, Ask)]
 
     run(work)
 
