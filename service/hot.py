@@ -27,7 +27,7 @@ from service.clock import Clock
 from service.forms import MSGPACK, wants_msgpack
 from service.idempotency import Idempotency
 from service.metrics import Metrics
-from service.overload import Overload
+from service.overload import Overload, Place
 from service.packed import repacked
 from service.plan import Outcome, Row
 from service.problems import CONTENT_TYPE, problem
@@ -189,14 +189,15 @@ class HotRoutes:
     # -- /act ---------------------------------------------------------------------------------------------------------
 
     async def _act(self, head: Head, body: bytes, caller: Caller) -> Reply:
+        place = self._overload.come(head.headers, "act")
         policy, row = self._questions.one(head, body, caller)
         key = head.headers.get(b"idempotency-key")
         if key is None:
-            return await self._decide_one(head, policy, row)
-        return await self._idempotency.once(policy.name, key, body, lambda: self._decide_one(head, policy, row))
+            return await self._decide_one(place, policy, row)
+        return await self._idempotency.once(policy.name, key, body, lambda: self._decide_one(place, policy, row))
 
-    async def _decide_one(self, head: Head, policy: Served, row: Row) -> Reply:
-        place = await self._overload.place(head.headers, "act", 0)
+    async def _decide_one(self, place: Place, policy: Served, row: Row) -> Reply:
+        await self._overload.wait(place, 0)
         try:
             (outcome,) = await policy.coalescer.submit((row,), place.deadline_s)
         except Overloaded:
@@ -215,7 +216,8 @@ class HotRoutes:
     # -- /act/batch ---------------------------------------------------------------------------------------------------
 
     async def _act_batch(self, head: Head, body: bytes, caller: Caller) -> Reply:
-        place = await self._overload.place(head.headers, "batch", len(body))
+        place = self._overload.come(head.headers, "batch")
+        await self._overload.wait(place, len(body))
         units = 1
         try:
             policy, rows = self._questions.several(head, body, caller)

@@ -99,18 +99,19 @@ class Overload:
             self._admit()
         self._watch(now_s)
 
-    async def place(self, headers: Mapping[bytes, bytes], kind: Kind, size: int) -> Place:
-        """Wait until somebody who is awaited may be begun with. Raises BadTimeout or Overloaded."""
-        now_s = self._clock.monotonic_s()
-        place = Place(self, kind, now_s, self.time_for(headers))
-        self.enter(place, now_s, size)
+    def come(self, headers: Mapping[bytes, bytes], kind: Kind) -> Place:
+        """Note when a request that is awaited has come. Raises BadTimeout."""
+        return Place(self, kind, self._clock.monotonic_s(), self.time_for(headers))
+
+    async def wait(self, place: Place, size: int) -> None:
+        """Wait until a request may be begun with. Raises Overloaded."""
+        self.enter(place, self._clock.monotonic_s(), size)
         try:
             await place.begun
         except asyncio.CancelledError:
             if not self._room.withdraw(place) and not place.begun.cancelled():
                 self.done()
             raise
-        return place
 
     def grow(self, units: int) -> None:
         """Say that who was begun with brings more rows than one."""
@@ -188,7 +189,7 @@ class Overload:
 
 
 class Place:
-    """Somebody who is awaited. deadline_s: nothing is decided later."""
+    """A request that somebody awaits. deadline_s: it is not decided later."""
 
     def __init__(self, overload: Overload, kind: Kind, now_s: float, time_s: float) -> None:
         self._overload = overload

@@ -46,6 +46,8 @@ REQUESTS = {
     "no length": b"POST /act HTTP/1.1\r\nHost: here\r\n\r\n",
     "empty": request("/act", b""),
     "no json": request("/act", b"{"),
+    "no json, and no time": request("/act", b"{", "X-Request-Timeout-Ms: soon"),
+    "some time": request("/act", BODY, "X-Request-Timeout-Ms: 5000"),
     "no text": request("/act", b"\xff"),
     "no state": request("/act", b"{}"),
     "unknown field": request("/act", b'{"state":[0,0,0],"stat":1}'),
