@@ -56,12 +56,12 @@ def draw(behaviour: Behaviour, u: Floats) -> Drawn:
     The propensity is that of the action whichever part drew it: (1 - ε) · Π own + ε · Π exploring.
     """
     explored = u[:, 0] < behaviour.epsilon
-    part = np.where(explored[:, None], behaviour.exploring, behaviour.own)
-    rows = np.arange(len(part))
-    actions = np.empty((len(part), len(behaviour.nvec)), dtype=np.int64)
+    rows = np.arange(len(u))
     if len(behaviour.nvec) == 1:
-        actions[:, 0] = invert(part, u[:, 1])
-        return Drawn(actions, explored, behaviour.probabilities[rows, actions[:, 0]])
+        chosen = _one_factor(behaviour, explored, u[:, 1])
+        return Drawn(chosen[:, None], explored, behaviour.probabilities[rows, chosen])
+    part = np.where(explored[:, None], behaviour.exploring, behaviour.own)
+    actions = np.empty((len(part), len(behaviour.nvec)), dtype=np.int64)
     own, exploring = np.ones(len(part)), np.ones(len(part))
     for factor, where in enumerate(columns(behaviour.nvec)):
         actions[:, factor] = invert(part[:, where], u[:, 1 + factor])
@@ -69,6 +69,17 @@ def draw(behaviour: Behaviour, u: Floats) -> Drawn:
         own *= behaviour.own[rows, at]
         exploring *= behaviour.exploring[rows, at]
     return Drawn(actions, explored, (1.0 - behaviour.epsilon) * own + behaviour.epsilon * exploring)
+
+
+def _one_factor(behaviour: Behaviour, explored: Bools, u: Floats) -> Ints:
+    """One choice for each row, int64 [B]. Where the version's own part is certain, u is not asked for it."""
+    if not behaviour.certain:
+        return invert(np.where(explored[:, None], behaviour.exploring, behaviour.own), u)
+    chosen = behaviour.own.argmax(axis=1)
+    by_chance = np.flatnonzero(explored)
+    if len(by_chance):
+        chosen[by_chance] = invert(behaviour.exploring[by_chance], u[by_chance])
+    return np.asarray(chosen, dtype=np.int64)
 
 
 def propose(wanted: Target, u: Floats) -> Ints:

@@ -39,6 +39,7 @@ class Behaviour:
     epsilon: Floats
     fallback: Bools
     nvec: tuple[int, ...]
+    certain: bool = False  # own has all mass of a factor on one choice, in every row
 
 
 def behave(
@@ -64,15 +65,15 @@ def behave(
     if frozen is not None:
         for part in parts:
             own[frozen, part] = _mode(own[frozen, part])
-    if fallen.any():
+    if (barred := barred | fallen).any():
         own[fallen] = 0.0
         for factor, part in enumerate(parts):
             own[fallen, part.start + fallback[fallen, factor]] = 1.0
-    if (barred := barred | fallen).any():
         exploring[barred] = own[barred]
         epsilon = np.where(barred, 0.0, epsilon)
     strength = epsilon[:, None]
-    return Behaviour(own, exploring, (1.0 - strength) * own + strength * exploring, epsilon, fallen, target.nvec)
+    probabilities = (1.0 - strength) * own + strength * exploring
+    return Behaviour(own, exploring, probabilities, epsilon, fallen, target.nvec, target.greedy)
 
 
 def exploring_part(mask: Bools, weights: Bools | Floats | None, nvec: tuple[int, ...]) -> tuple[Floats, Bools]:
@@ -160,6 +161,8 @@ def masked_mass(target: Target, mask: Bools) -> Floats:
     """Target mass that the mask took away, float64 [B]. A faulty row has none to lose."""
     if mask.all():
         return np.zeros(len(mask))
+    if target.greedy and len(target.nvec) == 1:
+        return np.asarray(~(mask[np.arange(len(mask)), target.best[:, 0]] | target.faulty), dtype=np.float64)
     distribution = target.distribution
     if len(target.nvec) == 1:
         return np.asarray((distribution * ~mask).sum(axis=1), dtype=np.float64)

@@ -22,6 +22,7 @@ from policies.types import ActionSpec, Choices, ObservationSpec, Target, columns
 from safety.halt import KillSwitch
 from safety.types import FallbackReason
 from service.allowed import Columns, Ends
+from service.decision import Shared
 from service.wire import ActResponse
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class Plan:
     baseline: str | None = None
     barred: frozenset[str] = frozenset()  # versions that no episode stays on
     alone: bool = False  # the champion decides what any other version would, also in episodes that began on it
+    # What records of this plan have in common, encoded, by what tells them apart: filled as decisions are recorded.
+    records: dict[tuple[object, ...], Shared] = field(default_factory=dict, compare=False, repr=False)
     recurrent: bool = field(init=False)  # a version that decides remembers episodes, so rows must name theirs
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from policies.continuous import PointBehaviour
 
 Own = dict[str, object]  # fields of a record
+MOST_KINDS = 1024  # of what records of one plan have in common; episodes bring assignments of earlier ones along
 
 
 class SettledRows:
@@ -209,11 +210,26 @@ class SettledRows:
         """What the record has in common with those of the rows that were assigned alike."""
         last, last_stand_in, found = self._common
         if last is not assigned or last_stand_in != stand_in:
-            found = self._encode_shared(assigned, stand_in)
+            found = self._find_shared(assigned, stand_in)
             self._common = assigned, stand_in, found
         return found
 
-    def _encode_shared(self, assigned: Assignment, stand_in: str | None) -> Shared:
+    def _find_shared(self, assigned: Assignment, stand_in: str | None) -> Shared:
+        """What such rows have had in common before under this plan, or encode it."""
+        known = self._plan.records
+        slow = self._group.infer_s * 1000 > self._bundle.latency_budget_ms
+        key = (
+            self._bundle.version, self._bundle.digest, self._kid, assigned, stand_in, slow,
+            self._settled.judged.rules_digest, self._outputs_dtype,
+        )  # fmt: skip
+        found = known.get(key)
+        if found is None:
+            if len(known) >= MOST_KINDS:
+                known.clear()
+            found = known[key] = self._encode_shared(assigned, stand_in, slow)
+        return found
+
+    def _encode_shared(self, assigned: Assignment, stand_in: str | None, slow: bool) -> Shared:
         bundle, space, generation = self._bundle, self._bundle.action, self._plan.generation
         fields: dict[str, object] = {
             "policy": self._plan.policy,
@@ -235,7 +251,7 @@ class SettledRows:
             "nvec": space.nvec if isinstance(space, Choices) and space.factors else (),
             "rules_digest": self._settled.judged.rules_digest,
             "pinned": assigned.generation if assigned.generation != generation else 0,
-            "slow": self._group.infer_s * 1000 > bundle.latency_budget_ms,
+            "slow": slow,
             "v": SCHEMA_VERSION,
         }
         return shared(fields)

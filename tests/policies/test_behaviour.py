@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple, replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -261,3 +263,24 @@ def test_a_frozen_row_takes_the_mode_within_the_mask() -> None:
     behaviour = behave(wanted, mask, np.zeros(3), np.array([1, 1, 1]), frozen=frozen)
     np.testing.assert_allclose(behaviour.own, np.array([[0, 0, 1], [0.4, 0, 0.6], [0, 1, 0]]), atol=1e-12)
     assert behaviour.fallback.tolist() == [False, False, True]
+
+
+UNIFORM = st.one_of(st.floats(0.0, 1.0, exclude_max=True), st.sampled_from([0.0, 1.0 - 2.0**-53]))
+
+
+@given(cases(), st.lists(st.tuples(UNIFORM, UNIFORM), min_size=4, max_size=4))
+@settings(max_examples=300)
+def test_what_is_certain_is_drawn_as_by_its_distribution(case: Case, uniform: list[tuple[float, float]]) -> None:
+    wanted, mask, epsilon, fallback = case
+    behaviour, u = behave(wanted, mask, epsilon, fallback), np.array(uniform[: len(mask)])
+    assert behaviour.certain == wanted.greedy
+    quick, whole = draw(behaviour, u), draw(replace(behaviour, certain=False), u)
+    for one, other in zip(astuple(quick), astuple(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@given(cases())
+def test_the_mass_that_a_mask_takes_is_what_the_distribution_has_there(case: Case) -> None:
+    wanted, mask, _, _ = case
+    expected = (wanted.distribution * ~mask).sum(axis=1)
+    np.testing.assert_allclose(masked_mass(wanted, mask), expected, atol=1e-12)
