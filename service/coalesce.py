@@ -114,12 +114,12 @@ class Coalescer:
         self._next = asyncio.get_running_loop().create_task(self._run())
 
     def _cut(self) -> list[Part]:
+        self._scheduled = False
         waiting, limit = self._waiting, self.limit
         # Whoever has less time than the network took the last time would be decided too late. Half of that the next
         # time, so that one bad call is forgotten although nobody is let in who could disprove it.
         enough_s = self._monotonic_s() + self._infer_s
         self._infer_s /= 2
-        self._scheduled = False
         batch: list[Part] = []
         count = 0
         while waiting and (not batch or count + len(waiting[0][0]) <= limit):
@@ -137,8 +137,9 @@ class Coalescer:
         self._tasks.add(task)
         self._inferring = True
         began_s = self._monotonic_s()
-        batch = self._cut()
+        batch: list[Part] = []
         try:
+            batch = self._cut()
             groups = await self._infer(batch)
             in_time, groups = _without_late(batch, groups, self._monotonic_s())
             batch = in_time
@@ -146,9 +147,10 @@ class Coalescer:
         except BaseException as error:
             for _, done, _ in batch:
                 _tell(done, error)
-            if not isinstance(error, Exception):
+            if not (batch and isinstance(error, Exception)):
                 raise
         finally:
+            self._inferring = False
             self._quick = self._monotonic_s() - began_s < QUICK_S
             self._tasks.discard(task)
             self._schedule()

@@ -152,28 +152,37 @@ class HotRoutes:
         try:
             policy, row = self._questions.one(asker, asker.body, asker.caller)
         except Exception as error:
-            asker.answer(self.refusal(asker, error))
-            self._overload.done()
+            try:
+                asker.answer(self.refusal(asker, error))
+            finally:
+                self._overload.done()
             return
         asker.row = row
         policy.coalescer.put((row,), asker.decided, asker.until_s)
 
     def tell(self, asker: Asker, outcomes: Sequence[Outcome] | BaseException) -> None:
         """Answer an asker, whose row was decided or could not be."""
+        if isinstance(outcomes, BaseException):
+            if isinstance(outcomes, Overloaded):
+                self._overload.count_late("act")
+            answer = self.refusal(asker, outcomes)
+        else:
+            answer = self._answer(asker, outcomes[0])
         try:
-            if isinstance(outcomes, BaseException):
-                if isinstance(outcomes, Overloaded):
-                    self._overload.count_late("act")
-                raise outcomes
-            took_s = self._clock.monotonic_s() - asker.row.arrived_s
-            answer = _answer(asker, self._decided(outcomes[0], asker.row, took_s))
-            self._overload.note(took_s)
-        except Exception as error:
-            answer = self.refusal(asker, error)
-        asker.answer(answer)
-        self._overload.done()
+            asker.answer(answer)
+        finally:
+            self._overload.done()
 
-    def refusal(self, head: Head, error: Exception) -> Answer:
+    def _answer(self, asker: Asker, outcome: Outcome) -> Answer:
+        took_s = self._clock.monotonic_s() - asker.row.arrived_s
+        try:
+            answer = _answer(asker, self._decided(outcome, asker.row, took_s))
+        except Exception as error:
+            return self.refusal(asker, error)
+        self._overload.note(took_s)
+        return answer
+
+    def refusal(self, head: Head, error: BaseException) -> Answer:
         """What an error is answered with; it is counted."""
         if not isinstance(error, SurefootError):
             log.error("request_failed", path=head.path, exc_info=error)

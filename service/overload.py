@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, Literal, Protocol
 
+import structlog
+
 from policies.errors import BadTimeout, Overloaded, SurefootError
 from service.clock import Clock
 from service.limit_gradient import GradientLimit
@@ -32,6 +34,7 @@ BATCH_SHARE: Final = 0.5  # of its time, that a batch waits
 LOOK_EVERY_S: Final = 0.005
 LOOK_AGAIN_S: Final = 0.02
 
+log = structlog.get_logger(__name__)
 Kind = Literal["act", "batch"]
 
 _NAMES: Final = [(name.lower().encode(), name) for name in (TIMEOUT, ENVOYS)]
@@ -182,7 +185,10 @@ class Overload:
         now_s = self._clock.monotonic_s()
         for guest in self._room.expired(now_s):
             self._metrics.shed.labels(guest.kind, "expired" if guest.until_s <= now_s else "full").inc()
-            guest.refuse(Overloaded("there was no time for it before its deadline"))
+            try:
+                guest.refuse(Overloaded("there was no time for it before its deadline"))
+            except Exception:  # one caller's trouble is not the others'
+                log.exception("refusal_failed")
         if len(self._room) and not self._admitting:
             self._admit()
         self._watch(now_s)
