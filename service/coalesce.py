@@ -28,7 +28,7 @@ CUT_S = 0.020
 # disk and no replica. What takes longer overlaps.
 QUICK_S = 0.005
 
-Done = Callable[[Sequence[Outcome] | BaseException], None]  # told the outcomes in order, or what the pipeline raised
+Done = Callable[[list[Outcome] | BaseException], None]  # told the outcomes in order, or what the pipeline raised
 Part = tuple[Sequence[Row], Done, float]  # the last: when it is too late to decide on them
 
 log = structlog.get_logger(__name__)
@@ -65,11 +65,11 @@ class Coalescer:
         if not self._scheduled:
             self._schedule()
 
-    def submit(self, rows: Sequence[Row], deadline_s: float = math.inf) -> asyncio.Future[Sequence[Outcome]]:
+    def submit(self, rows: Sequence[Row], deadline_s: float = math.inf) -> asyncio.Future[list[Outcome]]:
         """Queue rows as `put` does. Gives their outcomes in order."""
-        future: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
 
-        def done(outcomes: Sequence[Outcome] | BaseException) -> None:
+        def done(outcomes: list[Outcome] | BaseException) -> None:
             if future.done():  # a caller who left
                 return
             if isinstance(outcomes, BaseException):
@@ -84,7 +84,7 @@ class Coalescer:
         """Decide on any number of rows, in as many batches as it takes; what takes several is not left half done."""
         limit = self.limit
         if len(rows) <= limit:
-            return [*await self.submit(rows, deadline_s)]
+            return await self.submit(rows, deadline_s)
         parts = [self.submit(rows[start : start + limit]) for start in range(0, len(rows), limit)]
         return [outcome for part in parts for outcome in await part]
 
@@ -200,7 +200,7 @@ def _share_out(batch: list[Part], outcomes: list[Outcome]) -> None:
         start = end
 
 
-def _tell(done: Done, outcomes: Sequence[Outcome] | BaseException) -> None:
+def _tell(done: Done, outcomes: list[Outcome] | BaseException) -> None:
     try:
         done(outcomes)
     except Exception:  # one caller's trouble is not the others'
