@@ -8,6 +8,7 @@ from tests.faults.scenarios import (
     failover,
     forgetful,
     killed,
+    overload,
     redis_away,
     redis_refuses,
     rewards,
@@ -28,5 +29,6 @@ ROWS: tuple[Row, ...] = (
     *torn.ROWS,
     *clocks.ROWS,
     *disconnects.ROWS,
+    *overload.ROWS,
     *rewards.ROWS,
 )
