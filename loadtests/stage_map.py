@@ -31,13 +31,14 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "asyncio/runners.py", "asyncio/base_events.py", "asyncio/events.py", "uvicorn/server.py", "service/worker.py",
     )),
     ("read and parse HTTP", (
-        "uvicorn/protocols/*", "httptools/*", "service/body.py", "service/slow_heads.py", "service/door.py",
-        "service/upload.py",
+        "uvicorn/protocols/*", "httptools/*", "service/body.py", "service/slow_heads.py", "service/short_way.py",
+        "service/door.py", "service/upload.py",
     )),
     ("decode the body", (
-        "service/forms.py", "service/states.py", "service/packed.py", "service/allowed.py", "service/wire.py:*decode*",
-        "service/hot.py:_finite", "service/hot.py:_read_action",
+        "service/questions.py", "service/forms.py", "service/states.py", "service/packed.py", "service/allowed.py",
+        "service/wire.py:*decode*",
     )),
+    ("admit", ("service/overload.py", "service/waiting_room.py", "service/limit_gradient.py")),
     ("route and name", (
         "service/app.py", "service/hot.py", "service/callers.py", "service/coalesce.py", "service/act.py",
         "service/arrivals.py", "service/pins.py", "service/ids.py", "service/plan.py", "service/absence.py",
@@ -47,7 +48,10 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "service/inference.py", "service/breakers.py", "service/memory*.py", "policies/engine.py",
         "policies/network.py", "policies/cuda.py", "policies/watchdog.py", "safety/breaker.py", "onnxruntime/*",
     )),
-    ("last look", ("safety/recheck.py", "service/settle.py:_unbroken", "service/settle.py:*check*")),
+    ("last look", (
+        "safety/recheck*.py", "safety/plain.py", "safety/drawn.py", "service/settle.py:_unbroken",
+        "service/settle.py:*check*",
+    )),
     ("explore and draw", (
         "service/settle.py", "service/allowance.py", "policies/heads.py", "policies/explore.py", "policies/draw.py",
         "policies/continuous.py", "safety/exploration.py", "safety/exploring.py", "safety/budget.py", "safety/pace.py",
@@ -57,10 +61,14 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "service/judge.py", "service/ruling.py", "service/holding.py", "service/limit*.py", "service/safeguards.py",
         "safety/*",
     )),
-    ("record", ("service/record.py", "service/decision.py", "service/scalar.py", "service/reward_events.py")),
+    ("record", (
+        "service/record.py", "service/settled_*.py", "service/decision.py", "service/scalar.py",
+        "service/reward_events.py",
+    )),
     ("commit", ("service/ledger.py", "service/writer.py", "service/spool*.py", "service/lanes.py", "sqlite3/*")),
     ("answer and write", (
         "uvicorn/protocols/*:RequestResponseCycle.send", "service/body.py:respond", "service/wire.py",
+        "service/short_way.py:*write*",
         "service/hot.py:_columns*", "service/problems.py",
     )),
     ("count and trace", ("service/metrics.py", "service/tracing.py", "service/boards.py", "prometheus_client/*",
