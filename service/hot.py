@@ -208,7 +208,7 @@ class HotRoutes:
     async def _decide_one(self, place: Place, policy: Served, row: Row) -> Reply:
         await self._overload.wait(place, 0)
         try:
-            (outcome,) = await policy.coalescer.submit((row,), place.deadline_s)
+            (outcome,) = await policy.coalescer.submit((row,), place.until_s)
         except Overloaded:
             self._overload.count_late("act")
             raise
@@ -232,7 +232,7 @@ class HotRoutes:
             policy, rows = self._questions.several(head, body, caller)
             units = len(rows)
             self._overload.grow(units - 1)
-            outcomes = await policy.coalescer.decide(rows, place.deadline_s)
+            outcomes = await policy.coalescer.decide(rows, place.until_s)
         except Overloaded:
             self._overload.count_late("batch")
             raise

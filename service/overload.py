@@ -6,9 +6,9 @@
 Duty: between the hot routes and two pure parts, the waiting room and the gradient limit: the clock, the timer, the
 deadline that a request names, metrics. It knows no HTTP but two headers, and nothing of decisions.
 Strategy: a refusal costs as much as an empty answer, so what is too much costs least by waiting: nobody is refused
-before its deadline. Batches wait for half of their time only, and behind single questions; shadows are shown nothing
-from a quarter on: they are given up first, then batches, then questions. Rewards, health, metrics and admin routes do
-not come here.
+before its deadline, but for batches: they wait behind single questions, and for half of their time only while such
+wait. Shadows are shown nothing from a quarter on: they are given up first, then batches, then questions. Rewards,
+health, metrics and admin routes do not come here.
 Promise: who is refused was never begun, so nothing of it is recorded; who was begun is `done` exactly once.
 """
 
@@ -29,7 +29,6 @@ from service.waiting_room import WaitingRoom
 
 TIMEOUT: Final = "X-Request-Timeout-Ms"
 ENVOYS: Final = "x-envoy-expected-rq-timeout-ms"
-BATCH_SHARE: Final = 0.5  # of its time, that a batch waits
 # A refusal may come so much late, and takes others along: timers are not made for each.
 LOOK_EVERY_S: Final = 0.005
 LOOK_AGAIN_S: Final = 0.02
@@ -48,7 +47,7 @@ class Guest(Protocol):
     def kind(self) -> Kind: ...
     @property
     def until_s(self) -> float:
-        """When it is refused."""
+        """When it is too late."""
 
     def begin(self) -> None:
         """Be decided now. `Overload.done` follows, now or later. Never raises."""
@@ -183,8 +182,8 @@ class Overload:
             self._timer.cancel()
             self._timer = None
         now_s = self._clock.monotonic_s()
-        for guest in self._room.expired(now_s):
-            self._metrics.shed.labels(guest.kind, "expired" if guest.until_s <= now_s else "full").inc()
+        for guest, reason in self._room.send_away(now_s):
+            self._metrics.shed.labels(guest.kind, reason).inc()
             try:
                 guest.refuse(Overloaded("there was no time for it before its deadline"))
             except Exception:  # one caller's trouble is not the others'
@@ -195,13 +194,12 @@ class Overload:
 
 
 class Place:
-    """A request that somebody awaits. deadline_s: it is not decided later."""
+    """A request that somebody awaits. until_s: it is not decided later."""
 
     def __init__(self, overload: Overload, kind: Kind, now_s: float, time_s: float) -> None:
         self._overload = overload
         self.kind: Kind = kind
-        self.deadline_s = now_s + time_s
-        self.until_s = now_s + time_s * (BATCH_SHARE if kind == "batch" else 1.0)
+        self.until_s = now_s + time_s
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin(self) -> None:

@@ -2,15 +2,16 @@
 
     arrives -> admitted -> leaves            below the limit, while nobody waits
             -> waits -> admitted -> leaves   when somebody has left
-                     -> expired              at its deadline, or pushed out by newer ones when too many bytes wait
+                     -> sent away            `expired` at its deadline; `full`, when too many bytes wait; `outranked`
                      -> withdrawn            its client has gone
 
 Duty: the order. It knows no requests, only guests with a deadline and a size.
 Strategy: first come, first served, as long as everybody can be served in time. Once the oldest has waited for
 `PATIENCE` of its time that is no longer so, and the newest goes first: it is the one that can still be answered in
 time, while oldest first would answer each just before, and soon just after, its deadline ("adaptive LIFO": Maurer,
-Fail at Scale, ACM Queue 13(8), 2015). Guests of low rank are admitted only when no other waits.
-Promise: each guest is admitted, expired or withdrawn exactly once, and none is admitted at or after its deadline.
+Fail at Scale, ACM Queue 13(8), 2015). Guests of low rank are admitted only when no other waits, and sent away at half
+of their time while others wait.
+Promise: each guest is admitted, sent away or withdrawn exactly once, and none is admitted at or after its deadline.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 # Half: until then whoever came first can still be served, however much came with it. From then on the newest go first.
 PATIENCE: Final = 0.5
@@ -28,7 +29,11 @@ CALM: Final = 0.25
 # 64 bodies of the largest size that is taken by default.
 MOST_BYTES: Final = 64 << 20
 
+# As early as the newest of others go first: no time is left for those who may wait.
+YIELD: Final = 0.5
+
 G = TypeVar("G")
+Reason = Literal["expired", "full", "outranked"]
 
 
 @dataclass(slots=True)
@@ -38,6 +43,10 @@ class _Seat(Generic[G]):
     deadline_s: float
     size: int
     taken: bool = True
+
+    def has_waited(self, now_s: float, share: float) -> bool:
+        """Whether so much of its time has passed."""
+        return now_s - self.came_s >= share * (self.deadline_s - self.came_s)
 
 
 Queue = OrderedDict[int, _Seat[G]]  # by a guest's identity, in the order in which they came
@@ -53,7 +62,7 @@ class WaitingRoom(Generic[G]):
         self._bytes = 0
         self._waiting: tuple[Queue[G], Queue[G]] = OrderedDict(), OrderedDict()  # the second: of low rank
         self._due: list[tuple[float, int, _Seat[G]]] = []  # a heap; seats that are no longer taken stay until then
-        self._pushed_out: list[G] = []
+        self._away: list[tuple[G, Reason]] = []  # sent away, and not named yet
         self._numbers = count()
 
     def __len__(self) -> int:
@@ -74,7 +83,7 @@ class WaitingRoom(Generic[G]):
         heappush(self._due, (deadline_s, next(self._numbers), seat))
         self._bytes += size
         while self._bytes > self._most_bytes:  # low rank first, then the oldest
-            self._pushed_out.append(self._release(next(iter(self._waiting[1] or self._waiting[0]))))
+            self._away.append((self._release(next(iter(self._waiting[1] or self._waiting[0]))), "full"))
         return False
 
     def leave(self, units: int = 1) -> None:
@@ -95,16 +104,19 @@ class WaitingRoom(Generic[G]):
             if now_s < seat.deadline_s:
                 self.inside += 1
                 return guest
-            self._pushed_out.append(guest)
+            self._away.append((guest, "expired"))
         return None
 
-    def expired(self, now_s: float) -> list[G]:
-        """Send away those whose deadline is here, and whom newer ones have pushed out. Each is named once."""
-        found, self._pushed_out = self._pushed_out, []
+    def send_away(self, now_s: float) -> list[tuple[G, Reason]]:
+        """Give up those for whom there is no time any more, and say why. Each is named once."""
+        found, self._away = self._away, []
         while self._due and (self._due[0][0] <= now_s or not self._due[0][2].taken):
             seat = heappop(self._due)[2]
             if seat.taken:
-                found.append(self._release(id(seat.guest)))
+                found.append((self._release(id(seat.guest)), "expired"))
+        others, low = self._waiting
+        if others:
+            found += [(self._release(name), "outranked") for name in [*low] if low[name].has_waited(now_s, YIELD)]
         return found
 
     def withdraw(self, guest: G) -> bool:
@@ -120,8 +132,8 @@ class WaitingRoom(Generic[G]):
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When `expired` is to be asked at the latest; None: nobody waits."""
-        if self._pushed_out:
+        """When somebody is to be sent away at the latest; None: nobody waits."""
+        if self._away:
             return 0.0
         while self._due and not self._due[0][2].taken:
             heappop(self._due)
@@ -139,7 +151,4 @@ class WaitingRoom(Generic[G]):
 
 def _waits(waiting: Queue[G], now_s: float, share: float) -> bool:
     """Whether the oldest has waited for so much of its time."""
-    if not waiting:
-        return False
-    oldest = next(iter(waiting.values()))
-    return now_s - oldest.came_s >= share * (oldest.deadline_s - oldest.came_s)
+    return bool(waiting) and next(iter(waiting.values())).has_waited(now_s, share)

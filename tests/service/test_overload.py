@@ -11,10 +11,10 @@ import pytest
 
 from policies.errors import ConfigError
 from service.inference import Inference
-from service.overload import BATCH_SHARE, ENVOYS, TIMEOUT
+from service.overload import ENVOYS, TIMEOUT
 from service.plan import Group, Row
 from service.settings import load_settings
-from service.waiting_room import CALM, PATIENCE
+from service.waiting_room import CALM, PATIENCE, YIELD
 from tests.service.asking import METRICS
 from tests.service.disks import Disk
 from tests.service.lines import BODY, Client, Front, front, request, run, turns, until
@@ -136,7 +136,7 @@ def test_the_newest_comes_first_when_not_all_can_be_served(
 @pytest.mark.parametrize("path", ["/act", "/act?long", "/act/batch"])
 def test_requests_say_how_long_they_may_take(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     disk = Disk(monkeypatch)
-    body, share = (BATCH, BATCH_SHARE) if path.endswith("batch") else (BODY, 1.0)
+    body = BATCH if path.endswith("batch") else BODY
     headers = {f"{TIMEOUT}: 40": 40, f"{ENVOYS}: 400": 400, f"{TIMEOUT}: 4000": 4000, f"{TIMEOUT}: 99999": 60_000}
 
     async def work() -> None:
@@ -144,13 +144,13 @@ def test_requests_say_how_long_they_may_take(monkeypatch: pytest.MonkeyPatch, pa
             (first, *clients) = await asking(here, request(), *[request(path, body, header) for header in headers])
             passed = 0
             for client, time_ms in zip(clients, headers.values(), strict=True):
-                here.desk.clock.advance(int(share * time_ms) - 1 - passed)
+                here.desk.clock.advance(time_ms - 1 - passed)
                 here.desk.overload.look()
                 await turns()
                 assert waiting(here) == len(headers) - clients.index(client)
                 here.desk.clock.advance(1)
                 here.desk.overload.look()
-                passed = int(share * time_ms)
+                passed = time_ms
                 assert status(await client.answer()) == 503
             disk.commit()
             assert status(await first.answer()) == 200
@@ -242,26 +242,26 @@ def test_what_the_network_takes_too_long_for_is_not_drawn_and_the_rest_of_its_ba
     run(work)
 
 
-def test_batches_come_last_and_are_refused_first_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    disk, before = Disk(monkeypatch), shed("batch", "expired")
+def test_batches_are_refused_first_and_whole_while_questions_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, before = Disk(monkeypatch), shed("batch", "outranked")
 
     async def work() -> None:
         async with front(most=2) as here:
             several = request("/act/batch", BATCH)
-            first, batch, single, late = await asking(here, several, several, request(), several)
-            assert (disk.sizes, waiting(here)) == ([2], 3), "its two rows fill the limit"
-            disk.commit()
-            assert status(await first.answer()) == 200
-            await disk.until(2)
-            assert (disk.sizes, waiting(here)) == ([2, 3], 1), "one of them was let in, behind the question"
-            here.desk.clock.advance(int(DEADLINE_MS * BATCH_SHARE))
+            first, batch, single = await asking(here, several, several, request())
+            assert (disk.sizes, waiting(here)) == ([2], 2), "its two rows fill the limit"
+            here.desk.clock.advance(int(DEADLINE_MS * YIELD) - 1)
             here.desk.overload.look()
-            assert status(await late.answer()) == 503
-            disk.commit()
-            assert status(await single.answer()) == 200
-            assert status(await batch.answer()) == 200
-            assert here.recorded == 5
-            assert shed("batch", "expired") == before + 1
+            assert waiting(here) == 2
+            here.desk.clock.advance(1)
+            here.desk.overload.look()
+            assert problem(await batch.answer())["code"] == "overloaded"
+            for batches, client in ((1, first), (2, single)):
+                await disk.until(batches)
+                disk.commit()
+                assert status(await client.answer()) == 200
+            assert (disk.sizes, here.recorded) == ([2, 1], 3)
+            assert shed("batch", "outranked") == before + 1
 
     run(work)
 

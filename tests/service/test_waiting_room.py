@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from service.waiting_room import CALM, PATIENCE, WaitingRoom
+from service.waiting_room import CALM, PATIENCE, YIELD, Reason, WaitingRoom
 
 
 @dataclass(eq=False)
@@ -29,6 +29,10 @@ def admitted(room: WaitingRoom[Guest], now_s: float) -> list[int]:
     while (guest := room.admit(now_s)) is not None:
         found.append(guest.name)
     return found
+
+
+def names(sent_away: list[tuple[Guest, Reason]]) -> list[int]:
+    return [guest.name for guest, _ in sent_away]
 
 
 def test_below_the_limit_everybody_is_admitted_and_above_it_waits() -> None:
@@ -53,7 +57,7 @@ def test_first_come_is_first_served_while_all_can_be_and_newest_first_when_not()
     assert admitted(room, 0.02 + PATIENCE) == [5, 4]
     room.leave(2)
     assert admitted(room, 1.025) == [3], "the other one's deadline is past"
-    assert [guest.name for guest in room.expired(1.025)] == [2]
+    assert names(room.send_away(1.025)) == [2]
     assert len(room) == 0
 
 
@@ -61,7 +65,7 @@ def test_nobody_is_admitted_at_a_deadline_and_everybody_is_told() -> None:
     room: WaitingRoom[Guest] = WaitingRoom(1)
     assert not enter(room, Guest(0, came_s=2.0, deadline_s=2.0))
     assert room.next_deadline_s == 2.0
-    assert [guest.name for guest in room.expired(2.0)] == [0]
+    assert names(room.send_away(2.0)) == [0]
     assert room.next_deadline_s is None
     assert enter(room, Guest(1, came_s=2.0, deadline_s=3.0))
 
@@ -72,6 +76,18 @@ def test_low_rank_comes_when_no_other_waits() -> None:
         enter(room, Guest(i, low=low))
     room.limit = 9
     assert admitted(room, 0.0) == [1, 3, 0, 2]
+
+
+def test_low_rank_is_given_up_at_half_of_its_time_while_others_wait() -> None:
+    room: WaitingRoom[Guest] = WaitingRoom(0)
+    for i, (came_s, low) in enumerate([(0.0, True), (0.1, True), (0.1, False)]):
+        enter(room, Guest(i, came_s, came_s + 1.0, low))
+    assert room.send_away(YIELD - 0.01) == []
+    assert [(guest.name, reason) for guest, reason in room.send_away(YIELD)] == [(0, "outranked")]
+    room.limit = 1
+    assert admitted(room, YIELD) == [2]
+    assert room.send_away(1.0) == [], "nobody else waits"
+    assert [(guest.name, reason) for guest, reason in room.send_away(1.1)] == [(1, "expired")]
 
 
 def test_work_that_turns_out_larger_counts() -> None:
@@ -88,9 +104,9 @@ def test_too_many_bytes_push_out_low_rank_and_then_the_oldest() -> None:
     for i, low in enumerate((False, False, True, False)):
         enter(room, Guest(i, low=low, size=3))
     assert room.next_deadline_s == 0.0, "at once"
-    assert [guest.name for guest in room.expired(0.0)] == [2]
+    assert names(room.send_away(0.0)) == [2]
     enter(room, Guest(4, size=9))
-    assert [guest.name for guest in room.expired(0.0)] == [0, 1, 3]
+    assert names(room.send_away(0.0)) == [0, 1, 3]
     assert room.statistics() == {"limit": 0, "inside": 0, "waiting": 1, "bytes": 9}
 
 
@@ -103,7 +119,7 @@ def test_who_leaves_is_forgotten() -> None:
     assert room.next_deadline_s == 1.0, "of who stays"
     room.limit = 5
     assert admitted(room, 0.0) == [0]
-    assert room.expired(9.0) == []
+    assert room.send_away(9.0) == []
     assert not room.withdraw(here)
 
 
@@ -122,7 +138,7 @@ class Visits(RuleBasedStateMachine):
     def come(self, time_s: float, low: bool) -> None:
         guest = Guest(self.came, self.now_s, self.now_s + time_s, low, size=1)
         self.came += 1
-        nobody_waits = {*self.waiting} == {*self.room._pushed_out}
+        nobody_waits = {*self.waiting} == {guest for guest, _ in self.room._away}
         if enter(self.room, guest):
             assert nobody_waits
             self.fates[guest.name] = "admitted"
@@ -150,9 +166,11 @@ class Visits(RuleBasedStateMachine):
     @rule()
     def expire(self) -> None:
         crowd = len(self.waiting)
-        for guest in self.room.expired(self.now_s):
-            assert guest.deadline_s <= self.now_s or crowd > 8
-            self.note(guest, "expired")
+        for guest, reason in self.room.send_away(self.now_s):
+            assert reason != "expired" or guest.deadline_s <= self.now_s
+            assert reason != "full" or crowd > 8
+            assert reason != "outranked" or guest.low
+            self.note(guest, reason)
 
     @rule()
     def admit(self) -> None:
@@ -162,7 +180,7 @@ class Visits(RuleBasedStateMachine):
 
     def next(self) -> Guest:
         """Whose turn it is: of those who still have time."""
-        pushed_out = {*self.room._pushed_out}
+        pushed_out = {guest for guest, _ in self.room._away}
         waiting = [each for each in self.waiting if each not in pushed_out]
         rank = [each for each in waiting if not each.low] or waiting
         in_time = [each for each in rank if each.deadline_s > self.now_s]
@@ -177,12 +195,12 @@ class Visits(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_lost(self) -> None:
-        assert len(self.room) + len(self.room._pushed_out) == len(self.waiting)
+        assert len(self.room) + len(self.room._away) == len(self.waiting)
         assert len(self.fates) + len(self.waiting) == self.came
 
     def teardown(self) -> None:
-        for guest in self.room.expired(self.now_s + 10.0):
-            self.note(guest, "expired")
+        for guest, reason in self.room.send_away(self.now_s + 10.0):
+            self.note(guest, reason)
         assert (self.waiting, len(self.room), self.room.next_deadline_s) == ([], 0, None)
 
 
@@ -201,7 +219,7 @@ def test_under_ten_times_the_load_the_newest_are_served_at_full_speed() -> None:
         number += 1
         if enter(room, guest):
             served.append(0.0)
-        refused += len(room.expired(now_s))
+        refused += len(room.send_away(now_s))
         while (turn := room.admit(now_s)) is not None:
             served.append(now_s - turn.came_s)
     assert len(served) == 500
