@@ -1,11 +1,12 @@
-"""EDGE: where connections come in when several workers listen on one socket: each takes its share.
+"""EDGE: where connections come in; when several workers listen on one socket each takes its share.
 
 Duty: accept, and leave to others what they should have. What becomes of a connection is uvicorn's.
-Strategy: an event loop that is idle takes whatever waits, in one go: of 64 connections that a client opens at once one
-of two workers gets 58 to 64, and keeps them. So a worker takes one at a time, and while another one that listens has
-fewer by more than `SLACK`, it looks away for a moment. Whoever has fewer is awake too, and takes it; if it is not
-(stopped, or busy), the connection is still there after the moment, and is taken; then two, four, … as long as the
-other does not stir.
+Strategy: a worker that is alone takes all that wait. uvloop's own servers take one connection in each turn of the loop,
+so that under load the last of a thousand callers is heard after a thousand batches. With others, an event loop that is
+idle would take whatever waits: of 64 connections that a client opens at once one of two workers gets 58 to 64, and
+keeps them. So while another one that listens has fewer by more than `SLACK`, a worker looks away for a moment. Whoever
+has fewer is awake too, and takes it; if it is not (stopped, or busy), the connection is still there after the moment,
+and is taken; then two, four, … as long as the other does not stir.
 Promise: no connection is refused, or waits for long, because of a worker that does not answer.
 """
 
@@ -41,16 +42,17 @@ class Door:
         protocol: type[asyncio.Protocol],
         options: dict[str, Any],
         ssl: SSLContext | None,
-        mine: Board,
+        mine: Board | None,
         others: list[Board],
     ) -> None:
-        """protocol, options: what to make for each connection."""
+        """protocol, options: what to make for each connection. mine: None where there are no others to tell."""
         self._listener = listener
         self._ssl = ssl
         self._mine = mine
         self._others = others
         self._loop = asyncio.get_running_loop()
         self._make = _counted(protocol, options, self._left)
+        self._open_to_all = False
         self._opening: set[asyncio.Task[None]] = set()
         self._waiting: asyncio.TimerHandle | None = None
         self._connections = 0
@@ -60,28 +62,37 @@ class Door:
     def open(self) -> None:
         """Begin to accept."""
         self._listener.setblocking(False)
+        self._open_to_all = True
         self._tell()
         self._loop.add_reader(self._listener, self._look)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return self._connections
 
     def close(self) -> None:
         """Accept nothing more. Others are not to wait for this worker. Safe to call twice."""
         self._loop.remove_reader(self._listener)
         if self._waiting is not None:
             self._waiting.cancel()
-        self._mine.listen(None)
+        self._open_to_all = False
+        self._tell()
 
     async def wait_closed(self) -> None:
         """Wait for connections that are being opened."""
         await asyncio.gather(*self._opening)
 
     def _look(self) -> None:
-        fewest, all_others = self._others_have()
-        if self._connections > fewest + SLACK:
-            self._seen = all_others
-            self._rest(PATIENCE_S, self._look_again)
-        else:
+        for _ in range(AT_ONCE):
+            fewest, all_others = self._others_have()
+            if self._connections > fewest + SLACK:
+                self._seen = all_others
+                self._rest(PATIENCE_S, self._look_again)
+                return
             self._vain = 1
-            self._take()
+            if not self._take():
+                return
 
     def _look_again(self) -> None:
         """Take what nobody wanted, the more the longer nobody wants any."""
@@ -132,11 +143,11 @@ class Door:
 
     def _left(self) -> None:
         self._connections -= 1
-        if self._mine.listening:
-            self._tell()
+        self._tell()
 
     def _tell(self) -> None:
-        self._mine.listen(self._connections)
+        if self._mine is not None:
+            self._mine.listen(self._connections if self._open_to_all else None)
 
 
 def _counted(

@@ -49,8 +49,8 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn does; with other workers on the same socket, through a door."""
-        if not self._team.boards or sockets is None:
+        """As uvicorn does, but through doors."""
+        if sockets is None:
             await super().startup(sockets)
             return
         await self.lifespan.startup()
@@ -58,7 +58,8 @@ class Server(uvicorn.Server):
             sys.exit(STARTUP_FAILURE)
         options = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
         protocol, team = self.config.http_protocol_class, self._team
-        doors = [Door(each, protocol, options, self.config.ssl, team.mine, team.others) for each in sockets]
+        mine = team.mine if team.boards else None
+        doors = [Door(each, protocol, options, self.config.ssl, mine, team.others) for each in sockets]
         for door in doors:
             door.open()
         self.servers = doors  # type: ignore[assignment]  # what it does with servers a door can
