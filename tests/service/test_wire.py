@@ -21,7 +21,7 @@ from policies.errors import (
     UnknownField,
 )
 from policies.types import Feature, ObservationSpec
-from service import forms, openapi, wire
+from service import forms, openapi, overload, wire
 from service.problems import problem
 from service.states import StateReader
 
@@ -163,7 +163,7 @@ def test_the_openapi_part_lists_what_bodies_may_be() -> None:
         if path.startswith("/v1/act"):
             media |= {"application/msgpack", "application/octet-stream"}
             named = {each["name"] for each in operation["parameters"]}
-            assert named - {"Idempotency-Key"} == {forms.DTYPE, forms.SHAPE, forms.JSON_LENGTH}
+            assert named - {"Idempotency-Key"} == {overload.TIMEOUT, forms.DTYPE, forms.SHAPE, forms.JSON_LENGTH}
         assert operation["requestBody"]["content"].keys() == media
         status = "202" if "reward" in path else "200"
         assert operation["responses"][status]["content"].keys() == {"application/json", "application/msgpack"}
