@@ -17,7 +17,7 @@ from tests import files_table
 ROOT = Path(__file__).parent.parent
 PURE_IMPORTS = {
     "__future__", "abc", "base64", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib",
-    "hmac", "ipaddress", "itertools", "json", "math", "re", "types", "typing", "msgspec", "numpy",
+    "heapq", "hmac", "ipaddress", "itertools", "json", "math", "re", "types", "typing", "msgspec", "numpy",
 }  # fmt: skip
 PACKAGES = {"policies", "safety", "shadow", "service", "surefoot"}
 # What a pure module may import beyond the list, and why.
