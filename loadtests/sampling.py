@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess  # py-spy is a program
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,8 +60,8 @@ class Profile:
 
 
 def find() -> str:
-    """Give py-spy's path. Raises PySpyMissingError."""
-    found = shutil.which("py-spy")
+    """Give the path of py-spy, of this environment before any other. Raises PySpyMissingError."""
+    found = shutil.which("py-spy", path=Path(sys.executable).parent) or shutil.which("py-spy")
     if found is None:
         raise PySpyMissingError(MISSING)
     return found

@@ -159,8 +159,9 @@ def tracked(folder: Path) -> int:
     """How many keys' pasts stand in the Valkey of a server with this folder."""
     from redis import Redis
 
-    (socket,) = [path for path in (folder / "data").rglob("*") if path.is_socket()]
-    with Redis(unix_socket_path=str(socket), decode_responses=True) as store:
+    from service.valkey import socket_url
+
+    with Redis.from_url(socket_url(folder / "data"), decode_responses=True) as store:
         return sum(1 for _ in store.scan_iter(match="*:lim:k:*", count=1000))
 
 

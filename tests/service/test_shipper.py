@@ -23,7 +23,7 @@ from service.clock import Clock, ManualClock, SystemClock
 from service.decision import DecisionEvent, Event, RewardEvent, encode_events
 from service.ledger import Appended, Ledger
 from service.redis_streams import JoinConfig, RedisStreams, connect
-from service.shipper import LINGER_S, Shipper
+from service.shipper import BATCH_EVENTS, LINGER_S, Shipper
 from service.slots import take_slot
 
 POLICY = "cart-pole"
@@ -168,7 +168,7 @@ def test_a_lone_event_lingers_and_a_full_batch_does_not(tmp_path: Path, server: 
             clock.advance(int(LINGER_S * 1000) + 1)
             assert await world.shipper.run_once()
             assert server.transitions() == once(world.ids)
-            await world.decide(4, events=8)
+            await world.decide(BATCH_EVENTS // 16, events=8)
             assert await world.shipper.run_once()
             assert server.transitions() == once(world.ids)
             await world.decide(1)

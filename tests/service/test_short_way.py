@@ -376,7 +376,7 @@ def test_an_idle_connection_holds_nothing_of_what_was_asked() -> None:
             client = await here.connect()
             await client.ask(request())
             gc.collect()
-            assert not [each for each in gc.get_objects() if isinstance(each, Ask)]
+            assert not [each for each in gc.get_objects() if type(each) is Ask]  # some objects warn when asked
 
     run(work)
 
