@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.judge import hand_rows_over, judge
+from service.judge import Past, hand_rows_over, judge
 from service.metrics import Metrics
 from service.plan import LoadedVersion, Row, Safeguards
 from service.valkey import EmbeddedValkey
@@ -201,3 +201,8 @@ def test_points_fall_back_too() -> None:
             assert (answer.action, answer.fallback, answer.propensity) == ([0.25, 0.5], "fallback_only", 1.0)
 
     asyncio.run(work())
+
+
+def test_a_past_that_nobody_asked_for_is_not_known() -> None:
+    unasked = Past.unasked(2)
+    assert (unasked.previous, unasked.known.tolist(), unasked.verdicts) == ([None, None], [False, False], {})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from policies.route import Assignment
+from service import settled_rows
 from service.decision import (
     DecisionEvent,
     Event,
@@ -34,7 +35,7 @@ from service.metrics import Metrics
 from service.pins import Pins
 from service.plan import Row
 from service.wire import ActResponse
-from tests.policies.networks import indexer, logarithm
+from tests.policies.networks import indexer, linear, logarithm
 from tests.service.pipelines import decider, plan, recorded, version
 
 METRICS = Metrics(CollectorRegistry())
@@ -185,3 +186,18 @@ def test_a_trace_stands_in_the_record() -> None:
             return decode_record(event.record).traceparent
 
     assert asyncio.run(work()) == "00-ab-cd-01"
+
+
+def test_what_records_have_in_common_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settled_rows, "MOST_KINDS", 1)
+
+    async def work() -> None:
+        both = {label: version(METRICS, label, linear([[1, 0], [0, 1]])) for label in ("v1", "v2")}
+        with decider(plan(both, challenger="v2", weight=0.5)) as (pipeline, ledger, _):
+            await pipeline.decide([Row([1.0, 0.0]) for _ in range(64)])
+            assert len(pipeline.plan.records) == 1
+            records = [decode_record(event.record) for event in recorded(ledger)]
+            kinds = {(each.version, each.role, each.weight) for each in records}
+            assert kinds == {("v1", "champion", 0.5), ("v2", "challenger", 0.5)}
+
+    asyncio.run(work())
