@@ -26,6 +26,7 @@ from typing import Any
 from loadtests import measuring, report, wrk
 from loadtests.cases import PEERS, Entry, Group, Spec, chosen
 from loadtests.measuring import Settings
+from loadtests.options import add_place, read
 from loadtests.processes import Cores
 from loadtests.results import Row, Sample
 from loadtests.servers import Running, interpreter, running
@@ -118,27 +119,22 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--targets", action="store_true", help="the rows that targets are about, and no others")
     made.add_argument("--runs", type=int, default=1, metavar="N", help="all of it so many times, one after the other")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     made.add_argument("--list", action="store_true", help="print the names of the rows, and measure nothing")
     made.add_argument("--repetitions", type=int, help=f"default {FULL['repetitions']}, quick {QUICK['repetitions']}")
     made.add_argument("--seconds", type=float, help=f"of each; default {FULL['seconds']:g}; wrk knows whole ones")
     made.add_argument("--warm-s", type=float, help=f"before each; default {FULL['warm_s']:g}")
     made.add_argument("--rate", type=float, default=500.0, help="requests a second of open loops; default 500")
-    made.add_argument("--store", choices=("driver", "server"), default="driver", help="whose core the Valkey shares")
     made.add_argument(
         "--peers", type=Path, metavar="FOLDER", help="with an environment for each peer that is installed"
     )
-    made.add_argument("--folder", type=Path, help="where servers write; node is about this disk")
+    add_place(made, "where servers write; node is about this disk")
     return made
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    options = parser().parse_args(arguments)
+    options = read(parser(), arguments, FULL, QUICK)
     if options.targets:
         options.only += ROWS
-    for name, value in (QUICK if options.quick else FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
     options.repetitions = int(options.repetitions)
     return options
 
@@ -174,7 +170,7 @@ def _run(options: argparse.Namespace, groups: Sequence[Group]) -> int:
             bench.run(groups)
         found.append(verdicts(bench.rows))
         say("\n" + report.tables(groups, bench.rows))
-        say(report.targets_table(found[-1]) + "\n")
+        say(report.verdicts_table("target", found[-1]) + "\n")
         about = place.about | {"options": {name: getattr(options, name) for name in SAID}}
         documents.append(report.document(about, groups, bench.rows, found[-1]) | {"failures": bench.failures})
         failed = failed or bool(bench.failures)

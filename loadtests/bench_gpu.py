@@ -32,6 +32,7 @@ from loadtests import bodies, closed_loop, measuring, wrk
 from loadtests.bare_session import WAYS, Bare, Device, NoCudaError, asker, open_session, version
 from loadtests.cases import SUREFOOT
 from loadtests.networks import NETWORKS, Network, model, states
+from loadtests.options import add_place, read
 from loadtests.report import number, table, with_spread
 from loadtests.results import Row
 from loadtests.servers import Running, running
@@ -56,18 +57,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", action="append", default=[], type=int, metavar="ROWS", help="default 1, 2, 4 … 1,024")
     made.add_argument("--repetitions", type=int, help=f"default {FULL['repetitions']}, quick {QUICK['repetitions']}")
     made.add_argument("--seconds", type=float, help=f"of each; default {FULL['seconds']:g}, quick {QUICK['seconds']:g}")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    made.add_argument("--store", choices=("driver", "server"), default="driver", help="whose core the Valkey shares")
-    made.add_argument("--folder", type=Path, help="where servers write")
+    add_place(made)
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run. Gives the exit code."""
-    options = parser().parse_args(arguments)
-    for name, value in (QUICK if options.quick else FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options = read(parser(), arguments, FULL, QUICK)
     options.size = options.size or list(QUICK_SIZES if options.quick else SIZES)
     devices = _devices(options)
     rows: dict[str, Row] = {}

@@ -27,9 +27,11 @@ from typing import Any
 from loadtests import bodies, closed_loop, plots, wrk
 from loadtests.filling import fill
 from loadtests.growth_cases import LOAD, Series, chosen
-from loadtests.growth_figures import Growth, findings, findings_table, growth_table
+from loadtests.growth_figures import Growth, findings, growth_table
 from loadtests.measuring import Settings, Watch, measure, settle, warm
 from loadtests.networks import SMALL
+from loadtests.options import add_place, read
+from loadtests.report import verdicts_table
 from loadtests.results import Row, Sample
 from loadtests.servers import Running, running
 from loadtests.workplace import Workplace, say, workplace
@@ -52,20 +54,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--decisions", type=int, help=f"where they are counted; default {FULL['decisions']}, quick {QUICK['decisions']}"
     )
-    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     made.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each series there, as growth-SERIES.svg")
     made.add_argument("--from", dest="measured", type=Path, metavar="FILE", help="draw what --json has written")
-    made.add_argument("--store", choices=("driver", "server"), default="driver", help="whose core the Valkey shares")
-    made.add_argument("--folder", type=Path, help="where servers write: some 3 GB for a million of what waits")
+    add_place(made, "where servers write: some 3 GB for a million of what waits")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run. Gives the exit code."""
-    options = parser().parse_args(arguments)
-    for name, value in (QUICK if options.quick else FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options = read(parser(), arguments, FULL, QUICK)
     try:
         if options.plots:
             plots.find()
@@ -172,7 +169,7 @@ def _told(document: dict[str, Any], options: argparse.Namespace) -> int:
         say(f"\n{series.kind}: {series.about}\n\n{growth_table(growth)}")
         if options.plots:
             say(f"\n{plots.draw(growth, plots.caption(document), options.plots)}")
-    say(f"\n{findings_table(found)}\n\n    {document['command']}")
+    say(f"\n{verdicts_table('growth', found)}\n\n    {document['command']}")
     if options.json and not options.measured:
         options.json.write_text(json.dumps(document | {"findings": [asdict(each) for each in found]}, indent=1) + "\n")
     if document["failures"]:

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loadtests.growth_cases import Series
-from loadtests.report import AGAINST, BUSY, number, table, with_spread
+from loadtests.report import besides, number, table, with_spread
 from loadtests.results import Row
+from loadtests.targets import Verdict
 
 Rows = Mapping[str, Row]
 
@@ -69,16 +70,6 @@ class Growth:
         return {size: extra for size, extra in found.items() if extra is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is promised of growth. reached: None where there is nothing to hold it against."""
-
-    what: str
-    wanted: str
-    found: float | None
-    reached: bool | None
-
-
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Give the slope of the line through points by least squares. Raises ValueError for fewer than two places."""
     try:
@@ -87,7 +78,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
         raise ValueError(str(error)) from None
 
 
-def findings(growth: Growth) -> list[Finding]:
+def findings(growth: Growth) -> list[Verdict]:
     """Hold a series against what is promised of it."""
     low, high = min(growth.points), max(growth.points)
     found = [_held(growth, figure, FLAT) for figure in growth.series.flat]
@@ -96,26 +87,26 @@ def findings(growth: Growth) -> list[Finding]:
     return found + _rules(growth) if growth.series.kind == "rules" else found
 
 
-def _held(growth: Growth, figure: str, limit: float) -> Finding:
+def _held(growth: Growth, figure: str, limit: float) -> Verdict:
     low, high = min(growth.points), max(growth.points)
     ratio = growth.relative(figure).get(high) if high > low else None
     what = f"{FIGURES[figure]}: {high:,} {growth.series.axis} against {low:,}"
-    return Finding(what, f"at most {limit:.3g} ×", ratio, None if ratio is None else ratio <= limit)
+    return Verdict(what, f"at most {limit:.3g} ×", ratio, None if ratio is None else ratio <= limit)
 
 
-def _rules(growth: Growth) -> list[Finding]:
+def _rules(growth: Growth) -> list[Verdict]:
     extra = sorted(growth.more("cpu_us").items())
     wanted = f"at most {RULE_US:g} µs"
     if len(extra) < 2:
-        return [Finding("service, each rule", wanted, None, None)]
+        return [Verdict("service, each rule", wanted, None, None)]
     price = slope(extra)
-    found = [Finding("service, each rule", wanted, price, price <= RULE_US)]
+    found = [Verdict("service, each rule", wanted, price, price <= RULE_US)]
     if len(extra) > 2:
         half = len(extra) // 2
         lower, upper = slope(extra[: half + 1]), slope(extra[half:])
         bend = upper / lower if lower > 0 else None
         reached = None if bend is None else bend <= LINEAR
-        found.append(Finding("service, a rule among many over one among few", f"at most {LINEAR:g} ×", bend, reached))
+        found.append(Verdict("service, a rule among many over one among few", f"at most {LINEAR:g} ×", bend, reached))
     return found
 
 
@@ -130,19 +121,5 @@ def growth_table(growth: Growth) -> str:
         line = [f"{size:,}"]
         for figure in figures:
             line += [with_spread(row, figure), number(growth.relative(figure).get(size))]
-        lines.append([*line, number(row.median("peak_mb")), _besides(row)])
-    return table(lines)
-
-
-def _besides(row: Row) -> str:
-    said = [f"{row.total(name):,.0f} {name}" for name in AGAINST if row.total(name)]
-    if (row.median("elsewhere") or 0.0) > BUSY:
-        said.append(f"BUSY: others took {row.median('elsewhere'):.1f} cores")
-    return "; ".join(said)
-
-
-def findings_table(found: Sequence[Finding]) -> str:
-    words = {True: "pass", False: "FAIL", None: "not measured"}
-    lines = [("growth", "wanted", "found", "")]
-    lines += [(each.what, each.wanted, number(each.found), words[each.reached]) for each in found]
+        lines.append([*line, number(row.median("peak_mb")), besides(row)])
     return table(lines)

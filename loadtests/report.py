@@ -67,7 +67,7 @@ def _all_ratios(row: Row, labels: Sequence[str], rows: Mapping[str, Row], figure
     return {label: ratio for label, ratio in found.items() if ratio is not None}
 
 
-def _besides(row: Row) -> str:
+def besides(row: Row) -> str:
     """What else there is to know of a row, above all what speaks against it."""
     said = [f"{number(row.total(name))} {name}" for name in AGAINST if row.total(name)]
     for figure, text in BESIDES.items():
@@ -84,7 +84,7 @@ def cells(row: Row, labels: Sequence[str], rows: Mapping[str, Row]) -> list[str]
     """One line of a table."""
     plain = [number(row.median(name)) for name in FIGURES[1:7]]
     ratios = [_ratios(row, labels, rows, figure) for figure in ("per_s", "cpu_us")]
-    return [row.name, with_spread(row, "per_s"), *ratios, *plain, _besides(row)]
+    return [row.name, with_spread(row, "per_s"), *ratios, *plain, besides(row)]
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -110,9 +110,10 @@ def tables(groups: Iterable[Group], rows: Mapping[str, Row]) -> str:
     return "\n".join(parts)
 
 
-def targets_table(verdicts: Sequence[Verdict]) -> str:
+def verdicts_table(what: str, verdicts: Sequence[Verdict]) -> str:
+    """What was wanted and what was found. what: the first column's head."""
     words = {True: "pass", False: "FAIL", None: "not measured"}
-    lines = [("target", "wanted", "found", "")]
+    lines = [(what, "wanted", "found", "")]
     lines += [(each.what, each.wanted, number(each.found), words[each.reached]) for each in verdicts]
     return table(lines)
 

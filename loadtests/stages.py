@@ -23,6 +23,7 @@ from pathlib import Path
 from loadtests import measuring, processes, sampling, wrk
 from loadtests.cases import SUREFOOT, Entry, Load
 from loadtests.measuring import Settings
+from loadtests.options import add_place, read
 from loadtests.report import table
 from loadtests.servers import Running, running
 from loadtests.stage_map import OTHER, STAGES
@@ -49,18 +50,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--warm-s", type=float, help="before each")
     made.add_argument("--rules", type=int, default=SUREFOOT.rules, help=f"default {SUREFOOT.rules}")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    made.add_argument("--store", choices=("driver", "server"), default="driver", help="whose core the Valkey shares")
-    made.add_argument("--folder", type=Path, help="where the server writes")
+    add_place(made, "where the server writes")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run. Gives the exit code."""
-    options = parser().parse_args(arguments)
-    for name, value in (QUICK if options.quick else FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options = read(parser(), arguments, FULL, QUICK)
     try:
         wrk.find()
         sampling.find()

@@ -109,7 +109,7 @@ def run_alone(given: IO[bytes], answers: IO[bytes], said: IO[bytes], wall_s: flo
 def start_child(
     given: IO[bytes] | int, answers: IO[bytes] | int, said: IO[bytes] | int, link: int | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start the child, in a session of its own. link: a socket that it inherits and takes orders from."""
+    """Start the child, which no terminal's signals reach. link: a socket that it inherits and takes orders from."""
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | SINGLE
     environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     return subprocess.Popen(  # noqa: S603  our own program

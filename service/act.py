@@ -88,17 +88,14 @@ class Decider:
 
     async def settle(self, groups: list[Group]) -> list[Outcome]:
         """Constrain, explore, draw, check, record and answer."""
-        outcomes: dict[int, Outcome] = {}
         seen: list[Settled] = []
-        cut = waves(groups, self.safeguards)
-        if len(cut) == 1:
-            together = await self._settle(groups, seen)
-            self._show(seen)
-            return together
-        for wave in cut:
-            rows = sorted(index for group in wave for index in group.index)
-            outcomes.update(zip(rows, await self._settle(wave, seen), strict=True))
+        settled = [(wave, await self._settle(wave, seen)) for wave in waves(groups, self.safeguards)]
         self._show(seen)
+        if len(settled) == 1:  # it has the whole batch, in its order
+            return settled[0][1]
+        outcomes: dict[int, Outcome] = {}
+        for wave, answered in settled:
+            outcomes.update(zip(sorted(index for group in wave for index in group.index), answered, strict=True))
         return [outcomes[index] for index in range(len(outcomes))]
 
     def _show(self, seen: list[Settled]) -> None:

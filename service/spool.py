@@ -1,7 +1,8 @@
 """The spool of one (producer, epoch): its files in a row, from the first kept to the one being written.
 
 Duty: rotate, read across files, and delete files that are shipped and old. Knows nothing of Redis, event loops or who
-calls. `write` and `start_new_file` belong to the writer thread, everything else to the reading thread.
+calls. `write` and what begins or ends a file are called by one thread at a time, which `writer.py` sees to; everything
+else belongs to the reading thread.
 Strategy: a file is deleted whole, once every row in it has been applied and it was kept long enough that a failover
 to an older copy of Redis can still be healed from it.
 Promise: an unshipped row is never deleted; a file that is no database is renamed aside and counted, never opened twice.

@@ -114,7 +114,7 @@ def test_the_tables_tell_rows_ratios_commands_and_what_speaks_against_them() -> 
     assert "    measure base/surefoot/c16\n" in shown
     assert "3 refused; BUSY: others took 0.5 cores; 20% sent late" in shown
     assert "durability" not in shown, "a group without figures is left out"
-    assert "FAIL" in report.targets_table(verdicts(found))
+    assert "FAIL" in report.verdicts_table("target", verdicts(found))
 
 
 def test_the_document_holds_every_repetition() -> None:

@@ -16,9 +16,10 @@ import pytest
 from loadtests import bodies, closed_loop, filling, plots, processes
 from loadtests.cases import EMPTY
 from loadtests.growth_cases import SERIES, Series, chosen
-from loadtests.growth_figures import FLAT, Growth, findings, findings_table, growth_table, slope
+from loadtests.growth_figures import FLAT, Growth, findings, growth_table, slope
 from loadtests.networks import SMALL
 from loadtests.processes import Cores
+from loadtests.report import verdicts_table
 from loadtests.results import Row
 from loadtests.servers import running
 
@@ -90,7 +91,7 @@ def test_tables_name_units_times_and_what_speaks_against_a_point() -> None:
     assert "service, a decision, µs" in shown
     assert "100 ±20%" in shown
     assert "6 fell back; BUSY: others took 0.5 cores" in shown
-    assert "FAIL" in findings_table(findings(grown("versions", {1: cpu(100), 100: cpu(200)})))
+    assert "FAIL" in verdicts_table("growth", findings(grown("versions", {1: cpu(100), 100: cpu(200)})))
 
 
 def test_series_and_sizes_are_chosen() -> None:
