@@ -284,3 +284,8 @@ def test_the_mass_that_a_mask_takes_is_what_the_distribution_has_there(case: Cas
     wanted, mask, _, _ = case
     expected = (wanted.distribution * ~mask).sum(axis=1)
     np.testing.assert_allclose(masked_mass(wanted, mask), expected, atol=1e-12)
+
+
+def test_a_faulty_row_has_no_mass_that_a_mask_could_take() -> None:
+    wanted = target(np.array([[np.nan, 1.0], [2.0, 1.0]], dtype=np.float32), "q_values")
+    assert masked_mass(wanted, np.array([[False, True], [False, True]])).tolist() == [0.0, 1.0]

@@ -22,7 +22,7 @@ from service.decision import decode_record
 from service.history import replay
 from service.ledger import Appended, Ledger
 from service.metrics import Metrics
-from service.plan import Outcome, Plan, Row
+from service.plan import Group, Outcome, Plan, Row, Safeguards
 from service.wire import ActResponse
 from tests.policies.networks import indexer, linear, logarithm
 from tests.service.pipelines import IDENTITY, KEYS, decider, plan, recorded, rows, version
@@ -414,5 +414,32 @@ def test_a_caller_who_leaves_does_not_disturb_the_batch_and_its_decision_is_reco
             gone.cancel()
             assert len(await stays) == 1
             assert len(recorded(ledger)) == 2
+
+    run(work)
+
+
+def in_halves(groups: list[Group], _: Safeguards) -> list[list[Group]]:
+    """As if every other row had to wait for the one before it."""
+    return [
+        [group.some([i for i, index in enumerate(group.index) if index % 2 == turn]) for group in groups]
+        for turn in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("cut", [None, in_halves])
+def test_each_row_gets_its_own_answer_whichever_version_and_turn_it_was_in(
+    cut: Callable[[list[Group], Safeguards], list[list[Group]]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cut is not None:
+        monkeypatch.setattr("service.act.waves", cut)
+
+    async def work() -> None:
+        both = {"v1": constant("v1", 0), "v2": constant("v2", 1)}
+        with decider(plan(both, challenger="v2", weight=0.5)) as (pipeline, ledger, _):
+            asked = [Row([float(i), 0.0], key=f"k{i}") for i in range(64)]
+            outcomes = answered(await pipeline.decide(asked))
+            assert {outcome.version for outcome in outcomes} == {"v1", "v2"}
+            keys = {event.id: decode_record(event.record).key for event in recorded(ledger)}
+            assert [keys[outcome.decision_id] for outcome in outcomes] == [row.key for row in asked]
 
     run(work)
